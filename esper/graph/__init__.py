@@ -1,0 +1,5 @@
+"""Graphs: the schema, the batch, and its Gymnasium space. Nothing here knows what a host or a policy is."""
+
+from esper.graph.batch import Edges, GraphBatch
+
+__all__ = ["Edges", "GraphBatch"]

@@ -1,0 +1,109 @@
+"""The controller's actions: how they are numbered, which are legal, and how they are carried out.
+
+One categorical over `WAIT; GERMINATE(slot, blueprint); BLEND(slot, ramp); FOSSILIZE(slot); CULL(slot)`, numbered in that
+order with the slot as the slower index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from esper.growth.lifecycle import Event, legal
+from esper.growth.population import Population
+
+RAMPS = (1, 3, 5, 8)
+"""Epochs of the alpha ramp that BLEND can ask for."""
+
+WAIT = 0
+
+
+class Verb(IntEnum):
+    WAIT = 0
+    GERMINATE = 1
+    BLEND = 2
+    FOSSILIZE = 3
+    CULL = 4
+
+
+EVENT = {
+    Verb.GERMINATE: Event.GERMINATE,
+    Verb.BLEND: Event.BLEND,
+    Verb.FOSSILIZE: Event.FOSSILIZE,
+    Verb.CULL: Event.CULL,
+}
+
+
+@dataclass(frozen=True)
+class ActionLayout:
+    """Numbering of the actions for hosts with `slots` slots and `blueprints` blueprints."""
+
+    slots: int
+    blueprints: int
+
+    @property
+    def choices(self) -> dict[Verb, int]:
+        """How many actions of each kind there are per slot."""
+        return {Verb.GERMINATE: self.blueprints, Verb.BLEND: len(RAMPS), Verb.FOSSILIZE: 1, Verb.CULL: 1}
+
+    @property
+    def size(self) -> int:
+        return 1 + self.slots * sum(self.choices.values())
+
+    def table(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(verb, slot, choice) of every action, each int64 [size]; slot and choice are 0 for WAIT."""
+        rows = [(Verb.WAIT, 0, 0)]
+        for verb, count in self.choices.items():
+            rows += [(verb, slot, choice) for slot in range(self.slots) for choice in range(count)]
+        verb, slot, choice = torch.tensor(rows).unbind(1)
+        return verb, slot, choice
+
+    def index(self, verb: Verb, slot: int = 0, choice: int = 0) -> int:
+        """Number of one action.
+
+        Raises:
+            ValueError: no such action.
+        """
+        rows = list(zip(*(t.tolist() for t in self.table()), strict=True))
+        if (verb, slot, choice) not in rows:
+            raise ValueError(f"no action {verb.name}(slot {slot}, choice {choice}) with {self}")
+        return rows.index((verb, slot, choice))
+
+    def mask(self, stage: Tensor) -> Tensor:
+        """bool [N, size]: what the transition table allows in `stage` [N, slots]; WAIT is always legal."""
+        parts = [torch.ones_like(stage[:, :1], dtype=torch.bool)]
+        for verb, count in self.choices.items():
+            parts.append(legal(stage, EVENT[verb]).repeat_interleave(count, dim=1))
+        return torch.cat(parts, dim=1)
+
+    def execute(self, population: Population, actions: Tensor) -> Tensor:
+        """Carries out `actions` (int64 [n]) on the first n hosts; returns their verbs [n].
+
+        Raises:
+            ValueError: an action that the transition table refuses, or a number out of range; nothing is changed then.
+        """
+        if len(actions) and not (0 <= int(actions.min()) and int(actions.max()) < self.size):
+            raise ValueError(f"actions must be in [0, {self.size}), got {actions.tolist()}")
+        allowed = self.mask(population.lifecycle.stage[: len(actions)]).gather(1, actions[:, None]).squeeze(1)
+        if not allowed.all():
+            host = int((~allowed).nonzero()[0])
+            raise ValueError(f"action {int(actions[host])} is not legal for host {host}: see action_mask")
+        verb, slot, choice = (column.to(actions.device)[actions] for column in self.table())
+        slots = torch.arange(self.slots, device=actions.device)
+
+        def where(kind: Verb) -> Tensor:
+            chosen = torch.zeros_like(population.lifecycle.stage, dtype=torch.bool)
+            chosen[: len(actions)] = (verb == kind)[:, None] & (slot[:, None] == slots)
+            return chosen
+
+        choices = torch.zeros_like(population.lifecycle.stage)
+        choices[: len(actions)] = choice[:, None]
+        population.germinate(where(Verb.GERMINATE), choices)
+        ramps = torch.tensor(RAMPS, device=actions.device)
+        population.lifecycle.blend(where(Verb.BLEND), ramps[choices.clamp(max=len(RAMPS) - 1)])
+        population.lifecycle.fire(Event.FOSSILIZE, where(Verb.FOSSILIZE))
+        population.lifecycle.fire(Event.CULL, where(Verb.CULL))
+        return verb

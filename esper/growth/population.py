@@ -1,0 +1,340 @@
+"""N hosts trained together as one batched program.
+
+Host parameters are one [N, P] tensor; the seeds of a blueprint are one [N, slots, P_b] tensor, of which only the rows
+that hold a live seed are gathered, run and optimised. Lifecycles change between epochs only, so the gather is paid once
+an epoch. All randomness is a pure function of each host's key (`esper.runtime.seeding`), so that host k's trajectory
+does not depend on which hosts it runs beside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from esper.growth import blueprints, host
+from esper.growth.blueprints import Blueprint
+from esper.growth.epoch import EpochRun
+from esper.growth.host import HostSpec
+from esper.growth.lifecycle import Event, Lifecycle, LifecycleSpec, Stage, is_live
+from esper.growth.parameters import initial, views
+from esper.growth.statistics import Statistics, activation_statistics
+from esper.runtime import seeding
+
+# Salts that keep the streams of one host key apart.
+_INIT, _SUBSET, _NOISE, _ORDER, _SEED = range(1, 6)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A task's tensors: features [n, inputs] float32 and labels [n] int64, for each split."""
+
+    train_x: Tensor
+    train_y: Tensor
+    validation_x: Tensor
+    validation_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+    def to(self, device: torch.device | str) -> Data:
+        return Data(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+@dataclass
+class TrainingSpec:
+    """How every host is trained (Adam, Kingma and Ba, arXiv 1412.6980).
+
+    An epoch is a fixed number of minibatches, taken in the order of a fresh permutation of the host's training
+    samples (and from its start again where it has fewer), so that an epoch costs the same for every host.
+    """
+
+    steps_per_epoch: int = 10
+    batch_size: int = 32
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+
+@dataclass
+class Context:
+    """What is hidden and drawn per episode, stacked over hosts: each [N]."""
+
+    key: Tensor  # int64; init, data order and noise all follow from it
+    learning_rate: Tensor  # float32
+    train_size: Tensor  # int64, samples of the training pool that the host sees
+    label_noise: Tensor  # float32, share of its labels that are drawn anew
+
+
+@dataclass
+class _Group:
+    """The live seeds of one (slot, blueprint): `hosts` [m], and a view of their parameters while an epoch runs."""
+
+    slot: int
+    blueprint: int
+    hosts: Tensor
+    parameters: dict[str, Tensor]
+
+
+class Population:
+    """N hosts of one architecture, their slots and their seeds.
+
+    Args:
+        spec: architecture of the hosts.
+        catalogue: names of the blueprints that may be germinated, in the order of their indices.
+        data: the task.
+        training: how hosts are trained.
+        lifecycle: rules of the lifecycle.
+        hosts: N.
+        observed: statistics are only collected for the first `observed` hosts (the others are twins); default all.
+        device: where everything lives.
+
+    Raises:
+        KeyError: an unknown blueprint.
+    """
+
+    def __init__(
+        self,
+        spec: HostSpec,
+        catalogue: list[str],
+        data: Data,
+        training: TrainingSpec,
+        lifecycle: LifecycleSpec,
+        hosts: int,
+        observed: int | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.spec, self.training, self.lifecycle_spec = spec, training, lifecycle
+        self.catalogue: list[Blueprint] = [blueprints.get(name) for name in catalogue]
+        self.data = data.to(device)
+        self.device = torch.device(device)
+        self.hosts, self.slots = hosts, spec.stages
+        self.observed = hosts if observed is None else observed
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        # [N, P] host parameters with Adam's moments; [N, slots, P_b] for the seeds of each blueprint.
+        sizes = [b.parameter_count(spec.width) for b in self.catalogue]
+        self.theta, self.exp_avg, self.exp_avg_sq = (zeros(hosts, spec.parameter_count) for _ in range(3))
+        self.seed_theta, self.seed_exp_avg, self.seed_exp_avg_sq = (
+            [zeros(hosts, self.slots, size) for size in sizes] for _ in range(3)
+        )
+        self.steps = zeros(hosts, dtype=torch.int64)  # optimiser steps taken by each host
+        self.seed_steps = zeros(hosts, self.slots, dtype=torch.int64)
+        self.epoch = zeros(hosts, dtype=torch.int64)
+        self.lifecycle = Lifecycle.dormant(hosts, self.slots, device)
+        pool = len(self.data.train_y)
+        self.subset = zeros(hosts, pool, dtype=torch.int64)  # indices into the training pool, the host's own first
+        self.labels = zeros(hosts, pool, dtype=torch.int64)  # of `subset`, with the host's label noise
+        self.context = Context(
+            zeros(hosts, dtype=torch.int64), zeros(hosts), zeros(hosts, dtype=torch.int64) + 1, zeros(hosts)
+        )
+        self.extra_flops = zeros(hosts)  # multiply-adds per sample, summed over epochs, culled seeds included
+        self.statistics = Statistics.empty(self.observed, spec, len(self.catalogue), device)
+        self.validation_loss = zeros(hosts)
+
+        self.host_specs = spec.parameters()
+        self._seed_specs = [list(b.parameters(spec.width).values()) for b in self.catalogue]
+        self._seed_flops = torch.tensor([b.flops(spec.width) for b in self.catalogue], device=device)
+        self._seed_sizes = torch.tensor(sizes, device=device)
+        layer_of = [i // 2 for i, p in enumerate(self.host_specs) for _ in range(p.size)]
+        self._layer_of = F.one_hot(torch.tensor(layer_of, device=device), len(spec.layers)).float()
+        self._layer_of /= self._layer_of.sum(0)  # [P, layers]: averages over a layer's parameters
+
+    # ---- episodes -------------------------------------------------------------------------------------------------
+
+    def reset(self, where: Tensor, context: Context) -> None:
+        """Starts new episodes for the hosts `where` (int64 [m]) with `context` (each [m]); evaluates them."""
+        key = context.key
+        for name in ("key", "learning_rate", "train_size", "label_noise"):
+            getattr(self.context, name)[where] = getattr(context, name)
+        self.theta[where] = initial(self.host_specs, seeding.fold(key, _INIT))
+        for state in (self.exp_avg, self.exp_avg_sq, self.extra_flops, self.steps, self.epoch):
+            state[where] = 0
+        self.lifecycle.reset(where)
+        pool = self.subset.shape[1]
+        order = seeding.permutation(seeding.fold(key, _SUBSET), torch.full_like(key, pool), pool)
+        clean = self.data.train_y[order]
+        draws = seeding.uniform(seeding.fold(key, _NOISE), 2 * pool)
+        random = (draws[:, :pool] * self.spec.classes).long()
+        self.subset[where] = order
+        self.labels[where] = torch.where(draws[:, pool:] < context.label_noise[:, None], random, clean)
+        observed = where[where < self.observed]
+        self.statistics.reset(observed)
+        self._evaluate(where)
+
+    def germinate(self, where: Tensor, blueprint: Tensor) -> None:
+        """Plants seeds in `where` (bool [N, slots]) of kind `blueprint` (int64 [N, slots], index into the catalogue).
+
+        Raises:
+            ValueError: a slot of `where` is not DORMANT.
+        """
+        self.lifecycle.germinate(where, blueprint)
+        for kind, specs in enumerate(self._seed_specs):
+            hosts, slots = (where & (blueprint == kind)).nonzero(as_tuple=True)
+            key = seeding.fold(self.context.key[hosts], _SEED, slots, self.epoch[hosts], kind)
+            self.seed_theta[kind][hosts, slots] = initial(specs, key)
+            self.seed_exp_avg[kind][hosts, slots] = 0.0
+            self.seed_exp_avg_sq[kind][hosts, slots] = 0.0
+        self.seed_steps = self.seed_steps.masked_fill(where, 0)
+        self.statistics.germinated(where[: self.observed], self.validation_loss[: self.observed])
+
+    def remove_unfinished(self, where: Tensor) -> None:
+        """Culls the seeds still in TRAINING or BLENDING of the hosts `where` (bool [N]) and evaluates those anew."""
+        stage = self.lifecycle.stage
+        unfinished = ((stage == Stage.TRAINING) | (stage == Stage.BLENDING)) & where[:, None]
+        self.lifecycle.fire(Event.CULL, unfinished)
+        changed = unfinished.any(1).nonzero().squeeze(1)
+        if len(changed):
+            self.validation_loss[changed] = self._losses(changed, self.data.validation_x, self.data.validation_y)
+
+    # ---- accounts -------------------------------------------------------------------------------------------------
+
+    def seed_parameters(self, mask: Tensor) -> Tensor:
+        """Parameters of the seeds in `mask` (bool [N, slots]), summed per host: float32 [N]."""
+        sizes = self._seed_sizes[self.lifecycle.blueprint.clamp(min=0)]
+        return (sizes * mask).sum(1).float()
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def train_epoch(self) -> None:
+        """Trains every host for one epoch, evaluates it, refreshes the statistics and lets lifecycles move on."""
+        self.lifecycle.begin_epoch()
+        live = is_live(self.lifecycle.stage)
+        self.extra_flops += (self._seed_flops[self.lifecycle.blueprint.clamp(min=0)] * live).sum(1)
+        run = EpochRun(self)
+        order = self._epoch_order()
+        x_index = self.subset.gather(1, order.flatten(1)).view_as(order)
+        labels = self.labels.gather(1, order.flatten(1)).view_as(order)
+        losses = []
+        for step in range(self.training.steps_per_epoch):
+            losses.append(run.step(self.data.train_x[x_index[:, step]], labels[:, step]))
+        run.finish()
+        self.epoch += 1
+        self._record(run, torch.stack(losses).mean(0))
+        self.lifecycle.end_epoch(self.lifecycle_spec)
+
+    def _epoch_order(self) -> Tensor:
+        """[N, steps, batch] positions within each host's training samples for the coming epoch."""
+        steps, batch = self.training.steps_per_epoch, self.training.batch_size
+        size = self.context.train_size
+        shuffled = seeding.permutation(seeding.fold(self.context.key, _ORDER, self.epoch), size, self.subset.shape[1])
+        position = torch.arange(steps * batch, device=self.device) % size[:, None]
+        return shuffled.gather(1, position).view(-1, steps, batch)
+
+    def _record(self, run: EpochRun, train_loss: Tensor) -> None:
+        n, spec = self.observed, self.spec
+        statistics = self.statistics
+        statistics.train_loss = train_loss[:n]
+        statistics.age_contributions(self.lifecycle.stage[:n])
+        square, mean, update = (t[:n] for t in run.moments())
+        statistics.layer_weight_rms = ((self.theta[:n] ** 2) @ self._layer_of).sqrt()
+        statistics.layer_gradient_rms = (square @ self._layer_of).sqrt()
+        statistics.layer_update_rms = ((update**2) @ self._layer_of).sqrt()
+        statistics.layer_signal_to_noise = ((mean**2) @ self._layer_of).sqrt() / (statistics.layer_gradient_rms + 1e-12)
+        statistics.update_rms = (update**2).mean(1).sqrt()
+        statistics.seed_gradient_rms = run.seed_gradient_rms()[:n]
+        statistics.activation_backward_rms = run.backward_rms[:n]
+        assert statistics.layer_weight_rms.shape == (n, len(spec.layers))
+        self._evaluate(torch.arange(self.hosts, device=self.device))
+
+    # ---- evaluation -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _evaluate(self, where: Tensor) -> None:
+        """Validation loss of the hosts `where`, and for the observed ones among them activations and contributions.
+
+        A slot's contribution is the validation loss with its alpha set to 0, minus the loss as is. Every (host, slot)
+        with alpha > 0 is one more row of the same batched forward pass.
+        """
+        alpha = self.lifecycle.alpha
+        blended = torch.zeros_like(alpha, dtype=torch.bool)
+        blended[where] = alpha[where] > 0
+        blended[self.observed :] = False
+        pair_host, pair_slot = blended.nonzero(as_tuple=True)
+        without = alpha[pair_host].clone()
+        without[torch.arange(len(pair_host), device=self.device), pair_slot] = 0.0
+        rows = torch.cat([where, pair_host])
+        losses, activations = self._forward_rows(
+            rows, torch.cat([alpha[where], without]), self.data.validation_x, self.data.validation_y
+        )
+        self.validation_loss[where] = losses[: len(where)]
+        watched = where < self.observed
+        hosts = where[watched]
+        if not len(hosts):
+            return
+        contribution = losses[len(where) :] - self.validation_loss[pair_host]
+        self.statistics.contribution[pair_host, pair_slot] = contribution
+        self.statistics.contribution_known[pair_host, pair_slot] = True
+        self.statistics.contribution_age[pair_host, pair_slot] = 0
+        self.statistics.activations[hosts] = activation_statistics(
+            torch.stack([a[: len(where)][watched] for a in activations], dim=1)
+        )
+        self.statistics.record_validation(hosts, self.validation_loss[hosts], self.lifecycle)
+
+    def _losses(self, where: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return self._forward_rows(where, self.lifecycle.alpha[where], x, y)[0]
+
+    @torch.no_grad()
+    def test_accuracy(self, where: Tensor) -> Tensor:
+        """Accuracy of the hosts `where` (int64 [m]) on the test split, in [0, 1]: float32 [m].
+        For reports only: it never enters an observation or a reward."""
+        logits = self._logits_rows(where, self.lifecycle.alpha[where], self.data.test_x)[0]
+        return (logits.argmax(-1) == self.data.test_y).float().mean(1)
+
+    def _forward_rows(self, rows: Tensor, alpha: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+        logits, activations = self._logits_rows(rows, alpha, x)
+        return host.cross_entropy(logits, y.expand(len(rows), -1)).mean(1), activations
+
+    def _logits_rows(self, rows: Tensor, alpha: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Forward of the hosts `rows` [M] (repeats allowed), all on x [n, inputs], with `alpha` [M, slots]."""
+        members: list[list[tuple[int, Tensor, dict[str, Tensor]]]] = [[] for _ in range(self.slots)]
+        kinds = self.lifecycle.blueprint[rows].masked_fill(alpha == 0, -1)
+        for slot in range(self.slots):
+            for kind in range(len(self.catalogue)):
+                index = (kinds[:, slot] == kind).nonzero().squeeze(1)
+                if len(index):
+                    flat = self.seed_theta[kind][rows[index], slot]
+                    members[slot].append((kind, index, self.seed_views(kind, flat)))
+
+        def graft(slot: int, h: Tensor) -> Tensor:
+            added = h
+            for kind, index, parameters in members[slot]:
+                delta = self.catalogue[kind].delta(parameters, h[index])
+                added = added.index_add(0, index, alpha[index, slot, None, None] * delta)
+            return added
+
+        parameters = views(self.host_specs, self.theta[rows])
+        return host.forward(self.spec, parameters, x.expand(len(rows), -1, -1), graft)
+
+    def seed_views(self, kind: int, flat: Tensor) -> dict[str, Tensor]:
+        names = self.catalogue[kind].parameters(self.spec.width)
+        return dict(zip(names, views(self._seed_specs[kind], flat), strict=True))
+
+    # ---- state ----------------------------------------------------------------------------------------------------
+
+    _STATE = (
+        "theta", "exp_avg", "exp_avg_sq", "seed_theta", "seed_exp_avg", "seed_exp_avg_sq", "steps", "seed_steps",
+        "epoch", "subset", "labels", "extra_flops", "validation_loss",
+    )  # fmt: skip
+
+    def state_dict(self) -> dict[str, object]:
+        """All of the population's state as tensors in plain containers (copies)."""
+        state: dict[str, object] = {}
+        for name in self._STATE:
+            value = getattr(self, name)
+            state[name] = [v.clone() for v in value] if isinstance(value, list) else value.clone()
+        for part in ("lifecycle", "context", "statistics"):
+            state[part] = {k: v.clone() for k, v in vars(getattr(self, part)).items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Restores what `state_dict` returned."""
+        for name in self._STATE:
+            value = state[name]
+            setattr(self, name, [v.clone() for v in value] if isinstance(value, list) else value.clone())  # type: ignore[attr-defined]
+        for part in ("lifecycle", "context", "statistics"):
+            for key, value in state[part].items():  # type: ignore[attr-defined]
+                setattr(getattr(self, part), key, value.clone())

@@ -1,0 +1,1 @@
+"""Seeding, checkpoints and telemetry. Nothing here knows about graphs, growth or PPO."""
