@@ -1,4 +1,7 @@
-"""Growth environments. `import envs` makes them known to Gymnasium; `gymnasium.make("envs:esper/Segment-v0")` does both."""
+"""Growth environments.
+
+`import envs` makes them known to Gymnasium; `gymnasium.make("envs:esper/Segment-v0")` does both.
+"""
 
 from gymnasium.envs.registration import register
 

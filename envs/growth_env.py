@@ -176,7 +176,10 @@ class GrowthEnv:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, as tensors in plain containers."""
-        return {"population": self.population.state_dict(), **{name: getattr(self, name).clone() for name in self._STATE}}
+        return {
+            "population": self.population.state_dict(),
+            **{name: getattr(self, name).clone() for name in self._STATE},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> GraphBatch:
         """Restores what `state_dict` returned; returns the observation at that point."""

@@ -42,8 +42,8 @@ class SingleGrowthEnv(gymnasium.Env):
     """One host; `gymnasium.make("esper/Segment-v0")`.
 
     `reset` and `step` put the legal actions into `info["action_mask"]` (int8 [A]) as well as into the observation.
-    An action that is not legal counts as WAIT and is reported in `info["illegal_action"]`. `reset(seed=s)` starts the sequence of instances that environment k of a vector
-    environment gets from `reset(seed=s - k)`.
+    An action that is not legal counts as WAIT and is reported in `info["illegal_action"]`. `reset(seed=s)` starts the
+    sequence of instances that environment k of a vector environment gets from `reset(seed=s - k)`.
 
     Args:
         name: an environment of `conf/env`.
@@ -102,9 +102,7 @@ class VectorGrowthEnv(gymnasium.vector.VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._seeded = False
 
-    def reset(  # type: ignore[override]
-        self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict, dict]:
+    def reset(self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """Starts all episodes anew; an int seed s gives environment k the seed s + k.
 
         Raises:

@@ -43,7 +43,7 @@ def load_reference(name: str) -> Reference:
 
 
 def gain(loss: Tensor, twin_loss: Tensor, reference: Reference) -> Tensor:
-    """Improvement over the twin in units of the reference gap, clipped; a loss that is not finite counts as the worst."""
+    """Improvement over the twin in units of the reference gap, clipped; [N]. A loss that is not finite is the worst."""
     return ((twin_loss - loss) / reference.gap).nan_to_num(nan=LOWEST).clamp(LOWEST, HIGHEST)
 
 

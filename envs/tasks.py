@@ -25,7 +25,7 @@ _SEGMENT_SHA256 = "91e4402efcb6f6a4087e4bcfcd074976dd8e48819d290f45bae6bd652bd16
 
 
 def _segment() -> tuple[np.ndarray, np.ndarray]:
-    """Statlog image segmentation (UCI, CC BY 4.0): 2,310 samples, 18 features, 7 classes; shipped by `river` (BSD-3)."""
+    """Statlog image segmentation (UCI, CC BY 4.0), shipped by river (BSD-3): 2,310 samples, 18 features, 7 classes."""
     path = Path(str(metadata.distribution("river").locate_file(_SEGMENT_FILE)))
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()

@@ -95,7 +95,8 @@ class GraphBatch:
     @staticmethod
     def from_dict(flat: dict[str, Tensor]) -> GraphBatch:
         """Inverse of `to_dict`; masks may come in any integer type."""
-        x, node_mask, parts = {}, {}, {}
+        x, node_mask = {}, {}
+        parts: dict[str, dict[str, Tensor]] = {}
         for key, value in flat.items():
             kind, _, name = key.partition("__")
             if kind == "x":

@@ -1,7 +1,7 @@
 """The controller's actions: how they are numbered, which are legal, and how they are carried out.
 
-One categorical over `WAIT; GERMINATE(slot, blueprint); BLEND(slot, ramp); FOSSILIZE(slot); CULL(slot)`, numbered in that
-order with the slot as the slower index.
+One categorical over `WAIT; GERMINATE(slot, blueprint); BLEND(slot, ramp); FOSSILIZE(slot); CULL(slot)`, numbered in
+that order with the slot as the slower index.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class ActionLayout:
         rows = [(Verb.WAIT, 0, 0)]
         for verb, count in self.choices.items():
             rows += [(verb, slot, choice) for slot in range(self.slots) for choice in range(count)]
-        verb, slot, choice = torch.tensor(rows).unbind(1)
-        return verb, slot, choice
+        verbs, slots, choices = torch.tensor(rows).unbind(1)
+        return verbs, slots, choices
 
     def index(self, verb: Verb, slot: int = 0, choice: int = 0) -> int:
         """Number of one action.
@@ -85,7 +85,7 @@ class ActionLayout:
         Raises:
             ValueError: an action that the transition table refuses, or a number out of range; nothing is changed then.
         """
-        if len(actions) and not (0 <= int(actions.min()) and int(actions.max()) < self.size):
+        if len(actions) and not (int(actions.min()) >= 0 and int(actions.max()) < self.size):
             raise ValueError(f"actions must be in [0, {self.size}), got {actions.tolist()}")
         allowed = self.mask(population.lifecycle.stage[: len(actions)]).gather(1, actions[:, None]).squeeze(1)
         if not allowed.all():

@@ -126,7 +126,9 @@ class Observer:
             "blueprint": self._blueprint(n),
         }
         x = {node: value.nan_to_num(nan=BOUND).clamp(-BOUND, BOUND) for node, value in x.items()}
-        node_mask = {node: torch.ones(value.shape[:2], dtype=torch.bool, device=value.device) for node, value in x.items()}
+        node_mask = {
+            node: torch.ones(value.shape[:2], dtype=torch.bool, device=value.device) for node, value in x.items()
+        }
         scaled_stage = stage / len(Stage)
         germinable = legal(stage, Event.GERMINATE).float()
         edges = {}

@@ -137,6 +137,7 @@ class Population:
 
         self.host_specs = spec.parameters()
         self._seed_specs = [list(b.parameters(spec.width).values()) for b in self.catalogue]
+        self._seed_names = [list(b.parameters(spec.width)) for b in self.catalogue]
         self._seed_flops = torch.tensor([b.flops(spec.width) for b in self.catalogue], device=device)
         self._seed_sizes = torch.tensor(sizes, device=device)
         layer_of = [i // 2 for i, p in enumerate(self.host_specs) for _ in range(p.size)]
@@ -310,8 +311,7 @@ class Population:
         return host.forward(self.spec, parameters, x.expand(len(rows), -1, -1), graft)
 
     def seed_views(self, kind: int, flat: Tensor) -> dict[str, Tensor]:
-        names = self.catalogue[kind].parameters(self.spec.width)
-        return dict(zip(names, views(self._seed_specs[kind], flat), strict=True))
+        return dict(zip(self._seed_names[kind], views(self._seed_specs[kind], flat), strict=True))
 
     # ---- state ----------------------------------------------------------------------------------------------------
 

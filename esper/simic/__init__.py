@@ -1,0 +1,1 @@
+"""Simic, the PPO learner: rollout storage, advantages, loss and update."""

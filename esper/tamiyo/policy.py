@@ -1,0 +1,90 @@
+"""Tamiyo's policy: encoder, action logits and value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from esper.graph import GraphBatch
+from esper.graph.schema import SCHEMA, GraphSchema
+from esper.growth.actions import RAMPS
+from esper.runtime.errors import ConfigError
+from esper.tamiyo.distribution import MaskedCategorical
+from esper.tamiyo.encoder import Encoder, masked_mean, orthogonal_
+
+_POLICY_GAIN = 0.01  # near-uniform over the legal actions before training
+_VALUE_GAIN = 1.0
+
+
+@dataclass
+class PolicyConfig:
+    """Size of Tamiyo."""
+
+    name: str = "tamiyo_small"
+    hidden: list[int] = field(default_factory=lambda: [64, 64, 64, 64])  # SAGE, SAGE, GAT, GAT
+    heads: int = 4  # of the GAT layers
+
+    def validate(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ConfigError: names the key, the value and the remedy.
+        """
+        if len(self.hidden) != 4 or min(self.hidden) < 1:
+            raise ConfigError(f"policy.hidden={self.hidden}: give four widths above 0 (SAGE, SAGE, GAT, GAT)")
+        if self.heads < 1 or any(width % self.heads for width in self.hidden[2:]):
+            raise ConfigError(f"policy.heads={self.heads}: must divide the last two of policy.hidden={self.hidden}")
+
+
+class Tamiyo(nn.Module):
+    """Actor and critic over growth graphs of any number of layers, slots and blueprints.
+
+    Args:
+        config: its size.
+        schema: of the graphs it reads.
+    """
+
+    def __init__(self, config: PolicyConfig, schema: GraphSchema = SCHEMA):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(schema, config.hidden, config.heads, read=("global", "slot", "blueprint"))
+        width = config.hidden[-1]
+        self.from_global = orthogonal_(nn.Linear(width, width))
+        self.from_slot = orthogonal_(nn.Linear(width, width))
+        self.from_blueprint = orthogonal_(nn.Linear(width, width))
+        self.wait = orthogonal_(nn.Linear(width, 1), _POLICY_GAIN)
+        self.germinate = orthogonal_(nn.Linear(width, 1), _POLICY_GAIN)
+        # per slot: one logit for every ramp, FOSSILIZE and CULL
+        self.tend = orthogonal_(nn.Linear(width, len(RAMPS) + 2), _POLICY_GAIN)
+        self.value = nn.Sequential(
+            orthogonal_(nn.Linear(2 * width, width)), nn.GELU(), orthogonal_(nn.Linear(width, 1), _VALUE_GAIN)
+        )
+
+    def forward(self, graph: GraphBatch) -> tuple[Tensor, Tensor]:
+        """Unmasked action logits [B, A], numbered as in `esper.growth.actions`, and values [B]; both fp32."""
+        x = self.encoder(graph)
+        whole = x["global"][:, 0]
+        g = self.from_global(whole)[:, None]
+        slot = self.from_slot(x["slot"]) + g  # [B, S, D]
+        pair = slot[:, :, None] + self.from_blueprint(x["blueprint"])[:, None]  # [B, S, K, D]
+        tend = self.tend(nn.functional.gelu(slot))  # [B, S, ramps + 2]
+        ramps = len(RAMPS)
+        logits = torch.cat(
+            [
+                self.wait(nn.functional.gelu(g))[:, 0],
+                self.germinate(nn.functional.gelu(pair)).flatten(1),
+                tend[..., :ramps].flatten(1),
+                tend[..., ramps],
+                tend[..., ramps + 1],
+            ],
+            dim=1,
+        )
+        pooled = torch.cat([whole, masked_mean(x["slot"], graph.node_mask["slot"])], dim=1)
+        return logits.float(), self.value(pooled).squeeze(-1).float()
+
+    def evaluate(self, graph: GraphBatch) -> tuple[MaskedCategorical, Tensor]:
+        """The distribution over each graph's legal actions, and the values [B]."""
+        logits, value = self(graph)
+        return MaskedCategorical(logits, graph.action_mask), value
