@@ -36,8 +36,8 @@ class ContextConfig:
 class RewardConfig:
     """Weights of the reward (DESIGN section 5)."""
 
-    rent: float = 0.05  # lambda: price of the parameters kept, on a log scale
-    flops: float = 0.02  # mu: price of the compute spent on seeds, culled ones included
+    rent: float = 0.1  # lambda: price of the parameters kept, on a log scale
+    flops: float = 0.05  # mu: price of the compute spent on seeds, culled ones included
     shaping: float = 0.0  # weight of the potential-based shaping
 
 

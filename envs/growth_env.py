@@ -5,6 +5,7 @@ The Gymnasium faces of it are in `envs.gym_env`.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ class GrowthEnv:
         )
         self.layout = ActionLayout(self.population.slots, len(config.blueprints))
         self.device = self.population.device
-        self._observe = Observer(self.population, config.epochs)
+        self._observer = Observer(self.population, config.epochs)
+        self.graph_build_s: list[float] = []  # wall time of each observation since somebody last emptied the list
         largest = max(blueprint.parameter_count(config.host.width) for blueprint in self.population.catalogue)
         self._most_parameters = largest * self.population.slots
         self._seeds = torch.arange(num_envs, device=self.device)
@@ -86,6 +88,12 @@ class GrowthEnv:
     def action_mask(self) -> Tensor:
         """bool [N, A]: what is legal now."""
         return self.layout.mask(self.population.lifecycle.stage[: self.num_envs])
+
+    def _observe(self) -> GraphBatch:
+        start = time.perf_counter()
+        graph = self._observer()
+        self.graph_build_s.append(time.perf_counter() - start)
+        return graph
 
     def _begin(self, where: Tensor) -> None:
         """New instances for the environments `where` ([m]); the twin gets the very context of its host."""

@@ -37,6 +37,7 @@ class Actor:
     # The compiled form fills these in; eager execution has nothing that could fall back.
     compile_enabled = False
     compile_fallback_total = 0
+    recompiles = 0
 
     def __init__(self, policy: Tamiyo, seed: int = 0, deterministic: bool = False):
         self.policy, self.deterministic = policy, deterministic

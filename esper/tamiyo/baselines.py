@@ -32,25 +32,25 @@ class PlateauConfig:
 
 @dataclass
 class BaselinesConfig:
-    """Knobs of the baseline controllers."""
+    """Knobs of all of them."""
 
     ramp: int = 3  # alpha ramp of BLEND, where blending does not start by itself
     all_at_start: AllAtStartConfig = field(default_factory=AllAtStartConfig)
     plateau: PlateauConfig = field(default_factory=PlateauConfig)
 
-    def validate(self, blueprints: int) -> None:
+    def validate(self, blueprints: int, prefix: str) -> None:
         """Checks the values against an environment with that many blueprints.
 
         Raises:
             ConfigError: names the key, the value and the remedy.
         """
         if self.ramp not in RAMPS:
-            raise ConfigError(f"evaluation.baselines.ramp={self.ramp}: choose one of {RAMPS}")
+            raise ConfigError(f"{prefix}.ramp={self.ramp}: choose one of {RAMPS}")
         for name in ("all_at_start", "plateau"):
             index = getattr(self, name).blueprint
             if not 0 <= index < blueprints:
                 raise ConfigError(
-                    f"evaluation.baselines.{name}.blueprint={index}: the environment has {blueprints} blueprints; "
+                    f"{prefix}.{name}.blueprint={index}: the environment has {blueprints} blueprints; "
                     f"give an index from 0 to {blueprints - 1}"
                 )
 

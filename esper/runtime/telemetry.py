@@ -1,0 +1,55 @@
+"""Where metrics go: TensorBoard's event files and one JSON line per logged step."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Telemetry:
+    """Writes scalars of one run.
+
+    Args:
+        run_dir: where `tb/` and `metrics.jsonl` are.
+        resumed_at: the step the run goes on from; points logged after it, by a run that then died, are taken back.
+    """
+
+    def __init__(self, run_dir: Path, resumed_at: int | None = None):
+        self.path = run_dir / METRICS_FILE
+        if resumed_at is not None and self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step(line, resumed_at) <= resumed_at]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(temporary, self.path)
+        self._file = open(self.path, "a")  # noqa: SIM115 (open as long as the run)
+        purge = None if resumed_at is None else resumed_at + 1
+        self._writer = SummaryWriter(str(run_dir / "tb"), purge_step=purge)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes one point of every scalar at `step` (environment steps). NaN becomes null in JSON."""
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+        self._file.flush()
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._writer.close()
+
+
+def _step(line: str, otherwise: int) -> int:
+    """The step of a line of metrics.jsonl; a line that was cut off by a crash counts as later than `otherwise`."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return otherwise + 1

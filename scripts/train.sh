@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Trains Tamiyo: sets up what is needed, then runs the trainer. Usage: scripts/train.sh [KEY=VALUE ...] (or --help)
+set -u
+. "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+exec python -m trainers.train "$@"

@@ -1,0 +1,1 @@
+"""Entry points: `python -m trainers.train`, `python -m trainers.evaluate`."""

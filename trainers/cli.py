@@ -1,0 +1,88 @@
+"""What the entry points share: running under Hydra, and one line and an exit code for everything that goes wrong."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from esper.runtime.errors import ConfigError, EsperError
+
+
+def run(entry: Callable[[], None], schema: type) -> int:
+    """Runs a `hydra.main` entry point; returns its exit code.
+
+    Args:
+        entry: the decorated function.
+        schema: dataclass of its configuration, for suggestions.
+    """
+    # Otherwise Hydra prints its own multi-line messages and exits with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        entry()
+    except EsperError as error:
+        return _fail(str(error), error.exit_code)
+    except (HydraException, OmegaConfBaseException) as error:
+        own = next((e for e in _chain(error) if isinstance(e, EsperError)), None)
+        if own is not None:
+            return _fail(str(own), own.exit_code)
+        return _fail(explain(error, schema), ConfigError.exit_code)
+    except OSError as error:
+        # The loop turns its own into TrainingError; what is left comes from reading input or making folders.
+        return _fail(f"{error.filename or 'a file'}: {error.strerror}; choose another path", ConfigError.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted before training began; nothing to save", 130)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def explain(error: Exception, schema: type) -> str:
+    """One line for an error of Hydra's or OmegaConf's that names the key, the value and the remedy."""
+    text = str(error)
+    if match := re.search(r"Could not find '([\w/]+)/([^']+)'", text):
+        group, option = match.groups()
+        options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
+        return f"{group}={option}: no such option; choose one of {', '.join(options)}"
+    key = re.search(r"full_key: (\S+)", text)
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown or (key and re.search(r"Key '.*' (is )?not in", text)):
+        name = unknown[1] if unknown else key[1] if key else ""
+        close = difflib.get_close_matches(name, sorted(_keys(OmegaConf.structured(schema))), n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{name}: no such key; {hint}All keys are listed by --help"
+    if match := re.search(r"Could not override '?([\w/]+)'?.*No match in the defaults list", text, flags=re.DOTALL):
+        return f"{match[1]}: no such group; all groups are listed by --help"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    wrong = [line for line in lines if re.match(r"Value .* (could not|of type|is not)", line)]
+    where = key[1] if key else "a key"
+    if wrong:
+        return f"{where}: {wrong[0].removeprefix('Value ')}; see --help for its type"
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{match[1]}: must be given, as {match[1]}=VALUE"
+    return f"{lines[0]} (key: {where}); see --help for the keys and their form"
+
+
+def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """All dotted keys."""
+    for key in map(str, config):
+        name = f"{prefix}{key}"
+        yield name
+        if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
+            yield from _keys(config[key], f"{name}.")

@@ -1,0 +1,175 @@
+"""The configuration of the entry points: dataclasses give types and defaults, YAML in `conf/` gives values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from envs.config import EnvConfig
+from esper.runtime.errors import ConfigError, check_positive
+from esper.simic.config import PPOConfig
+from esper.tamiyo import baselines
+from esper.tamiyo.baselines import BaselinesConfig
+from esper.tamiyo.policy import PolicyConfig
+
+
+@dataclass
+class RuntimeConfig:
+    """Where and how it runs."""
+
+    device: str = "cpu"
+    threads: int = 1  # of torch, per process
+
+    def validate(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ConfigError: names the key, the value and the remedy.
+        """
+        check_positive("runtime", {"threads": self.threads})
+        try:
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"runtime.device={self.device}: {reason}; try runtime.device=cpu") from error
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are saved, besides the end of the run."""
+
+    every: int = 10  # iterations
+    keep: int = 3  # newest files
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluation on held-out instances; the instances depend on `seed` alone, so controllers are compared in pairs."""
+
+    episodes: int = 64  # per controller; 0 skips the evaluation after training
+    seed: int = 0
+    deterministic: bool = True  # Tamiyo's most probable action instead of a sample
+    baselines: Any = "all"  # "all", "none", or a list of names
+    controllers: BaselinesConfig = field(default_factory=BaselinesConfig)  # knobs of the baselines
+
+    def names(self) -> list[str]:
+        """The chosen baselines.
+
+        Raises:
+            ConfigError: one is unknown.
+        """
+        if self.baselines in ("all", "none"):
+            return list(baselines.NAMES) if self.baselines == "all" else []
+        chosen = [self.baselines] if isinstance(self.baselines, str) else list(self.baselines)
+        for name in chosen:
+            baselines.make(name, self.controllers, self.seed)
+        return chosen
+
+    def validate(self, blueprints: int, prefix: str) -> None:
+        """Checks the values against an environment with that many blueprints.
+
+        Raises:
+            ConfigError: names the key, the value and the remedy.
+        """
+        if self.episodes < 0:
+            raise ConfigError(f"{prefix}episodes={self.episodes}: must not be negative")
+        self.names()
+        self.controllers.validate(blueprints, f"{prefix}controllers")
+
+
+@dataclass
+class TrainConfig:
+    """`python -m trainers.train`."""
+
+    seed: int = 1
+    output_dir: str = "runs"
+    resume: str | None = None
+    env: EnvConfig = field(default_factory=EnvConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def validate(self) -> None:
+        """Checks all values.
+
+        Raises:
+            ConfigError: names the key, the value and the remedy.
+        """
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: must not be negative")
+        self.env.validate()
+        self.policy.validate()
+        self.ppo.validate()
+        self.runtime.validate()
+        check_positive("checkpoint", {"every": self.checkpoint.every, "keep": self.checkpoint.keep})
+        self.evaluation.validate(len(self.env.blueprints), "evaluation.")
+        transitions = self.ppo.num_steps * self.env.num_envs
+        if self.ppo.minibatches > transitions:
+            raise ConfigError(
+                f"ppo.minibatches={self.ppo.minibatches}: more than the ppo.num_steps * env.num_envs = {transitions} "
+                "transitions of an iteration"
+            )
+
+
+@dataclass
+class EvaluateConfig(EvaluationConfig):
+    """`python -m trainers.evaluate`."""
+
+    checkpoint: str = MISSING  # a run directory or a checkpoint file
+    env: str | None = None  # another environment of conf/env; default: the one it was trained on
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+def register() -> None:
+    """Makes the schemas known to Hydra, and the resolvers that `conf/` uses."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
+    OmegaConf.register_new_resolver("esper.run_dir", _run_dir, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver(
+        "esper.output_subdir", lambda resume: ".hydra_resume" if resume else ".hydra", replace=True
+    )
+
+
+def _run_dir(resume: str | None, output_dir: str, name: str, now: str) -> str:
+    """The run directory: that of the resumed run, or a new one under `output_dir`."""
+    if resume:
+        return str(existing_run(resume))
+    path, number = Path(output_dir) / name / now, 1
+    while path.exists():
+        number += 1
+        path = path.with_name(f"{now}_{number}")
+    return str(path)
+
+
+def existing_run(given: str) -> Path:
+    """The run directory that the user named.
+
+    Raises:
+        ConfigError: it does not exist or is no run directory.
+    """
+    path = Path(given)
+    if not path.is_dir():
+        raise ConfigError(f"resume={given}: no such directory; give the run directory that training printed")
+    if not (path / "checkpoints").is_dir():
+        raise ConfigError(f"resume={given}: not a run directory of Esper's (it has no checkpoints folder)")
+    return path.resolve()
+
+
+def to_train_config(config: DictConfig) -> TrainConfig:
+    """The typed, resolved and checked configuration.
+
+    Raises:
+        ConfigError: names the key, the value and the remedy.
+    """
+    typed = OmegaConf.to_object(config)
+    assert isinstance(typed, TrainConfig)
+    typed.validate()
+    return typed

@@ -1,0 +1,189 @@
+"""Controllers on held-out instances: episodes, honest statistics, and the report.
+
+Every controller meets the same instances, so that comparisons are paired.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.table import Table
+from scipy import stats
+
+from envs.config import EnvConfig
+from envs.growth_env import GrowthEnv
+from esper.graph import GraphBatch
+from esper.tamiyo import baselines
+from esper.tamiyo.actor import Actor
+from esper.tamiyo.baselines import Controller
+from esper.tamiyo.policy import Tamiyo
+from trainers.config import EvaluationConfig
+from trainers.progress import Reporter
+
+TAMIYO = "tamiyo"
+_RESAMPLES = 2000
+_BATCH = 64  # episodes side by side
+_ACCOUNTS = ("gain", "germinated", "fossilized", "culled", "waited", "params_ratio", "flops_ratio")
+
+
+class TamiyoController:
+    """A trained policy behind the interface of the baselines."""
+
+    def __init__(self, policy: Tamiyo, seed: int, deterministic: bool):
+        self._policy, self._seed, self._deterministic = policy, seed, deterministic
+        self.begin(0)
+
+    def begin(self, hosts: int) -> None:
+        self._actor = Actor(self._policy, self._seed, self._deterministic)
+
+    def act(self, graph: GraphBatch) -> torch.Tensor:
+        return self._actor(graph).actions.clone()
+
+
+def play(
+    controller: Controller, config: EnvConfig, episodes: int, seed: int, device: str, on_epoch: Callable[[int], None]
+) -> dict[str, np.ndarray]:
+    """Plays held-out episodes; returns what `GrowthEnv.step` tells of each, in the order of the instances.
+
+    Args:
+        on_epoch: called with the number of host epochs done, after each step.
+    """
+    collected: list[dict[str, torch.Tensor]] = []
+    done = 0
+    for first in range(0, episodes, _BATCH):
+        count = min(_BATCH, episodes - first)
+        env = GrowthEnv(config, count, split="heldout", autoreset=False, device=device)
+        # Instance i of seed s is the same whatever the number of episodes and the batch.
+        graph = env.reset(seed * 1_000_003 + torch.arange(first, first + count))
+        controller.begin(count)
+        for _ in range(config.epochs):
+            graph, _, _, _, info = env.step(controller.act(graph))
+            done += count
+            on_epoch(done)
+        collected.append(info["episodes"])
+    return {name: torch.cat([part[name] for part in collected]).cpu().numpy() for name in collected[0]}
+
+
+def iqm(x: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Interquartile mean, the mean of the middle half (Agarwal et al., arXiv 2108.13264)."""
+    return stats.trim_mean(x, 0.25, axis=axis)
+
+
+def interval(x: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the IQM over instances. One value, or equal ones, give that value twice."""
+    if np.ptp(x) == 0:
+        return float(x[0]), float(x[0])
+    result = stats.bootstrap(
+        (x,), iqm, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(seed), vectorized=True
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def _summary(scores: np.ndarray) -> dict[str, Any]:
+    return {"iqm": float(iqm(scores)), "interval": list(interval(scores)), "mean": float(scores.mean())}
+
+
+def evaluate(
+    policy: Tamiyo, config: EnvConfig, settings: EvaluationConfig, device: str, checkpoint: str
+) -> dict[str, Any]:
+    """Plays Tamiyo and the chosen baselines; returns the report.
+
+    The report's `controllers` map a name to its scores (episode returns), their IQM with interval, the means of the
+    accounts, accuracies on the test split with and without growth, and, for baselines, the paired comparison with
+    Tamiyo: IQM of the difference and the probability of improvement.
+    """
+    controllers: dict[str, Controller] = {TAMIYO: TamiyoController(policy, settings.seed, settings.deterministic)}
+    controllers |= {name: baselines.make(name, settings.controllers, settings.seed) for name in settings.names()}
+    report: dict[str, Any] = {
+        "environment": config.name,
+        "checkpoint": checkpoint,
+        "episodes": settings.episodes,
+        "seed": settings.seed,
+        "deterministic": settings.deterministic,
+        "controllers": {},
+    }
+    each = settings.episodes * config.epochs
+    with Reporter("evaluating", each * len(controllers), "host epochs") as reporter:
+        for number, (name, controller) in enumerate(controllers.items()):
+            base = number * each
+
+            def shown(done: int, base: int = base, name: str = name) -> None:
+                reporter.update(base + done, name)
+
+            played = play(controller, config, settings.episodes, settings.seed, device, shown)
+            scores = played["return"].astype(float)
+            row = {**_summary(scores), "scores": [round(float(s), 6) for s in scores]}
+            row |= {account: float(played[account].mean()) for account in _ACCOUNTS}
+            row |= {account: float(played[account].mean()) for account in ("test_accuracy", "twin_test_accuracy")}
+            report["controllers"][name] = row
+    mine = np.array(report["controllers"][TAMIYO]["scores"])
+    for name, row in report["controllers"].items():
+        if name != TAMIYO:
+            theirs = np.array(row["scores"])
+            row["tamiyo_minus_this"] = _summary(mine - theirs)
+            row["probability_of_improvement"] = float(np.mean((mine > theirs) + 0.5 * (mine == theirs)))
+    return report
+
+
+_HEADINGS = ("controller", "return (IQM)", "Tamiyo minus it", "P(better)", "accuracy", "size")
+
+
+def _figure(summary: dict[str, Any]) -> str:
+    low, high = summary["interval"]
+    return f"{summary['iqm']:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The report's table, best controller first."""
+    lines: list[tuple[str, ...]] = []
+    for name, row in sorted(report["controllers"].items(), key=lambda item: -item[1]["iqm"]):
+        versus, better = "", ""
+        if name != TAMIYO:
+            versus, better = _figure(row["tamiyo_minus_this"]), f"{row['probability_of_improvement']:.2f}"
+        lines.append(
+            (
+                name,
+                _figure(row),
+                versus,
+                better,
+                f"{100 * (row['test_accuracy'] - row['twin_test_accuracy']):+.1f}",
+                f"x{row['params_ratio']:.2f}",
+            )
+        )
+    return lines
+
+
+def title(report: dict[str, Any]) -> str:
+    return f"{report['environment']}: {report['episodes']} held-out instances, the same for every controller"
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The report for a terminal."""
+    shown = Table(*_HEADINGS, title=title(report), box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for line in rows(report):
+        shown.add_row(*line, style="bold" if line[0] == TAMIYO else None)
+    return shown
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    """Writes `report.json` (every score) and `report.md` (the table) into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    lines = [f"# {title(report)}", "", f"Checkpoint: `{report['checkpoint']}`", ""]
+    lines += [f"| {' | '.join(_HEADINGS)} |", f"|{'---|' * len(_HEADINGS)}"]
+    lines += [f"| {' | '.join(line)} |" for line in rows(report)]
+    lines += [
+        "",
+        "Returns are on validation data: 0 is the ungrown twin, 1 what starting with a wide host would bring, less",
+        "rent and compute. Brackets are 95 % bootstrap intervals of the interquartile mean over instances. P(better)",
+        "is the share of instances on which Tamiyo scores higher (ties count half); accuracy is what growing added on",
+        "the test split, in points; size is the grown host's parameters over the ungrown one's.",
+        "",
+    ]
+    (folder / "report.md").write_text("\n".join(lines))

@@ -1,0 +1,232 @@
+"""The training loop: collect, update, log, save; with everything that a checkpoint needs to go on from there."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from envs.growth_env import GrowthEnv
+from esper.graph.schema import SCHEMA
+from esper.runtime import checkpoint, seeding
+from esper.runtime.errors import ConfigError, Preempted, TrainingError
+from esper.runtime.telemetry import Telemetry
+from esper.simic.learner import Simic
+from esper.simic.rollout import Rollout
+from esper.tamiyo.actor import Actor
+from esper.tamiyo.policy import Tamiyo
+from trainers.config import TrainConfig
+from trainers.progress import Reporter
+
+_WINDOW = 100  # episodes over which rollout/ and growth/ are averaged, as in Stable-Baselines3
+_EPISODE_SCALARS = {
+    "rollout/ep_rew_mean": "return",
+    "rollout/ep_len_mean": "length",
+    "growth/germinated": "germinated",
+    "growth/fossilized": "fossilized",
+    "growth/culled": "culled",
+    "growth/params_ratio": "params_ratio",
+}
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        config: checked configuration.
+        run_dir: the run directory.
+        state: a checkpoint to go on from.
+    """
+
+    def __init__(self, config: TrainConfig, run_dir: Path, state: dict[str, Any] | None = None):
+        self.config, self.run_dir = config, run_dir
+        device = config.runtime.device
+        torch.set_num_threads(config.runtime.threads)
+        seeding.seed_everything(config.seed)
+        self.policy = Tamiyo(config.policy).to(device)
+        self.learner = Simic(self.policy, config.ppo, config.seed)
+        self.actor = Actor(self.policy, config.seed)
+        self.env = GrowthEnv(config.env, config.env.num_envs, device=device)
+        self.rollout = Rollout(config.ppo.num_steps, config.env.num_envs, device)
+        self.step, self.iteration = 0, 0
+        self.window: deque[dict[str, float]] = deque(maxlen=_WINDOW)
+        if state is None:
+            # Runs with neighbouring seeds must not share instances, as plain seed + k would make them.
+            seeds = seeding.fold(torch.tensor(config.seed), torch.arange(config.env.num_envs))
+            self.graph = self.env.reset(seeds)
+        else:
+            self._restore(state)
+        self._signal: int | None = None
+
+    @property
+    def steps_per_iteration(self) -> int:
+        return self.config.ppo.num_steps * self.config.env.num_envs
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Trains until `ppo.total_steps`, saving checkpoints on the way and at the end.
+
+        Raises:
+            TrainingError: numbers are not finite, or files could not be written.
+            Preempted: a signal came; the checkpoint of the last iteration has been saved.
+        """
+        total = self.config.ppo.total_steps
+        resumed_at = self.step if self.iteration else None
+        with self._files_guarded("open the logs"):
+            telemetry = Telemetry(self.run_dir, resumed_at)
+        self.actor.warm_up(self.graph)
+        try:
+            with self._signals(), Reporter("training", total, "steps", self.step) as reporter:
+                saved = self.iteration if resumed_at is not None else -1
+                while self.step < total:
+                    scalars = self._iterate()
+                    with self._files_guarded("write the logs"):
+                        telemetry.log(self.step, scalars)
+                    reporter.update(self.step, f"return {scalars.get('rollout/ep_rew_mean', float('nan')):+.3f}")
+                    last = self.step >= total
+                    if last or self._signal or self.iteration % self.config.checkpoint.every == 0:
+                        self.save()
+                        saved = self.iteration
+                    if self._signal and not last:
+                        assert saved == self.iteration
+                        name = signal.Signals(self._signal).name
+                        raise Preempted(
+                            f"stopped by {name} after {self.step:,} steps; checkpoint saved. "
+                            f"Go on with: python -m trainers.train resume={self.run_dir}"
+                        )
+        finally:
+            with self._files_guarded("close the logs"):
+                telemetry.close()
+
+    def _iterate(self) -> dict[str, float]:
+        """One collect and one update; returns everything that is logged of them."""
+        ppo = self.config.ppo
+        start = time.perf_counter()
+        self.env.graph_build_s.clear()
+        self.actor.latencies_ms.clear()
+        self._collect()
+        collected = time.perf_counter()
+        metrics = self.learner.update(self.rollout, self.step / ppo.total_steps)
+        updated = time.perf_counter()
+        self.step += self.steps_per_iteration
+        self.iteration += 1
+        scalars = {name: _mean([episode[key] for episode in self.window]) for name, key in _EPISODE_SCALARS.items()}
+        if not self.window:
+            scalars = {}
+        named = ("approx_kl", "clip_fraction", "entropy_loss", "explained_variance", "learning_rate", "loss")
+        scalars |= {f"train/{name}": metrics[name] for name in (*named, "policy_gradient_loss", "value_loss")}
+        return scalars | {
+            "grad/norm": metrics["grad_norm"],
+            "time/fps": self.steps_per_iteration / (updated - start),
+            "perf/collect_s": collected - start,
+            "perf/update_s": updated - collected,
+            "perf/graph_build_ms": 1e3 * _mean(self.env.graph_build_s),
+            "perf/graphs_per_s": ppo.epochs * self.steps_per_iteration / (updated - collected),
+            "perf/recompiles": float(self.actor.recompiles),
+            "tamiyo.gnn.compile_enabled": float(self.actor.compile_enabled),
+            "tamiyo.gnn.compile_fallback_total": float(self.actor.compile_fallback_total),
+            "tamiyo.gnn.compile_warm_ms": self.actor.warm_ms,
+            "tamiyo.gnn.inference.latency_ms": _mean(self.actor.latencies_ms),
+        }
+
+    def _collect(self) -> None:
+        """Fills the rollout with T steps of every environment, and computes advantages."""
+        rollout, ppo = self.rollout, self.config.ppo
+        rollout.clear()
+        for _ in range(ppo.num_steps):
+            decision = self.actor(self.graph)
+            graph, reward, terminated, truncated, info = self.env.step(decision.actions.clone())
+            final_values = self.actor.value(info["final_graph"]) if truncated.any() else None
+            rollout.add(self.graph, *decision, reward, terminated, truncated, final_values)
+            self.graph = graph
+            if info:
+                self._note(info["episodes"])
+        rollout.finish(self.actor.value(self.graph), ppo.gamma, ppo.gae_lambda)
+
+    def _note(self, episodes: dict[str, torch.Tensor]) -> None:
+        columns = {key: episodes[key].tolist() for key in _EPISODE_SCALARS.values()}
+        for values in zip(*columns.values(), strict=True):
+            self.window.append(dict(zip(columns, map(float, values), strict=True)))
+
+    # ---- signals and files ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Notes the first signal, so that the loop ends at its next boundary; a second one acts at once."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._signal = number
+            for each in _SIGNALS:
+                signal.signal(each, previous[each])
+            print(f"\n{signal.Signals(number).name}: saving a checkpoint at the end of this iteration ...", flush=True)
+
+        previous = {each: signal.signal(each, note) for each in _SIGNALS}
+        try:
+            yield
+        finally:
+            for each, handler in previous.items():
+                signal.signal(each, handler)
+
+    @contextmanager
+    def _files_guarded(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            kept = checkpoint.found(self.run_dir)
+            go_on = f"go on with: python -m trainers.train resume={self.run_dir}" if kept else "start again"
+            where = error.filename or self.run_dir
+            raise TrainingError(
+                f"could not {what} at step {self.step:,}: {where}: {error.strerror or error}; "
+                f"{len(kept)} earlier checkpoint(s) are untouched; make room or choose another output_dir, then {go_on}"
+            ) from error
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes the checkpoint of this iteration boundary.
+
+        Raises:
+            TrainingError: it could not be written; earlier ones are untouched.
+        """
+        with self._files_guarded("save a checkpoint"):
+            checkpoint.save(self.run_dir, self.step, self._state(), self.config.checkpoint.keep)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "schema_hash": SCHEMA.hash,
+            "config": asdict(self.config),
+            "step": self.step,
+            "iteration": self.iteration,
+            "window": list(self.window),
+            "learner": self.learner.state_dict(),
+            "actor_generator": self.actor.generator.get_state(),
+            "env": self.env.state_dict(),
+            "rng": checkpoint.rng_state(),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state["schema_hash"] != SCHEMA.hash:
+            raise ConfigError(
+                f"resume={self.run_dir}: its graph schema is {state['schema_hash']}, this version's is {SCHEMA.hash}; "
+                "resume it with the version that wrote it"
+            )
+        self.step, self.iteration = state["step"], state["iteration"]
+        self.window.extend(state["window"])
+        self.learner.load_state_dict(state["learner"])
+        self.actor.generator.set_state(state["actor_generator"])
+        self.graph = self.env.load_state_dict(state["env"])
+        checkpoint.set_rng_state(state["rng"])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

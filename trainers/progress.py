@@ -1,0 +1,65 @@
+"""Progress of anything longer than a few seconds: a live bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+_EVERY_SECONDS = 10.0  # between two lines where there is no terminal
+
+
+def duration(seconds: float) -> str:
+    """`h:mm:ss`, or `m:ss` below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Reporter:
+    """Shows how far something is, how fast it goes and when it will end. A context manager.
+
+    Args:
+        label: what is going on.
+        total: units of work in all.
+        unit: their name.
+        done: units that were done before (a resumed run).
+    """
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0):
+        self._label, self._total, self._unit, self._done, self._start_done = label, total, unit, done, done
+        self._bar: Progress | None = None
+        if sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[status]}"))
+            self._bar = Progress(*columns, console=Console())
+            self._task = self._bar.add_task(label, total=total, completed=done, status="")
+        self._started = time.monotonic()
+        self._printed = -_EVERY_SECONDS
+
+    def __enter__(self) -> Reporter:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, done: int, note: str = "") -> None:
+        """`done` units are finished now, counted from the very beginning; `note` is shown beside the figures."""
+        now = time.monotonic()
+        elapsed = now - self._started
+        rate = (done - self._start_done) / max(elapsed, 1e-9)
+        left = duration((self._total - done) / rate) if rate > 0 and done < self._total else "0:00"
+        figures = (f"{min(done, self._total):,}/{self._total:,} {self._unit}", f"{rate:,.0f}/s", note, f"ETA {left}")
+        status = "  ".join(figure for figure in figures if figure)
+        if self._bar:
+            self._bar.update(self._task, completed=done, status=status)
+        elif now - self._printed >= _EVERY_SECONDS or done >= self._total:
+            self._printed = now
+            print(f"{self._label}  {status}", flush=True)
