@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
 from esper.runtime.errors import ConfigError, EsperError
+
+_Job = Callable[[DictConfig], None]
+
+
+def job(schema: type) -> Callable[[_Job], _Job]:
+    """Decorator for what stands under `hydra.main`: refuses keys that `schema` does not have, and ends the process
+    with one line and an exit code on an EsperError, before Hydra adds lines of its own."""
+
+    def wrap(function: _Job) -> _Job:
+        @functools.wraps(function)
+        def wrapped(given: DictConfig) -> None:
+            try:
+                for key in sorted(set(_keys(given)) - set(_keys(OmegaConf.structured(schema)))):
+                    raise ConfigError(_unknown(key, schema))
+                function(given)
+            except EsperError as error:
+                sys.exit(_fail(str(error), error.exit_code))
+            except OmegaConfBaseException as error:
+                sys.exit(_fail(explain(error, schema), ConfigError.exit_code))
+
+        return wrapped
+
+    return wrap
 
 
 def run(entry: Callable[[], None], schema: type) -> int:
@@ -26,8 +51,6 @@ def run(entry: Callable[[], None], schema: type) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         entry()
-    except EsperError as error:
-        return _fail(str(error), error.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
         own = next((e for e in _chain(error) if isinstance(e, EsperError)), None)
         if own is not None:
@@ -35,10 +58,16 @@ def run(entry: Callable[[], None], schema: type) -> int:
         return _fail(explain(error, schema), ConfigError.exit_code)
     except OSError as error:
         # The loop turns its own into TrainingError; what is left comes from reading input or making folders.
-        return _fail(f"{error.filename or 'a file'}: {error.strerror}; choose another path", ConfigError.exit_code)
+        hint = "choose another output_dir, or mend the path"
+        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}; {hint}", ConfigError.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted before training began; nothing to save", 130)
     return 0
+
+
+def console() -> Console:
+    """Where results are printed: as wide as the terminal, and wide enough for the tables where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 110)
 
 
 def _fail(message: str, code: int) -> int:
@@ -55,7 +84,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def explain(error: Exception, schema: type) -> str:
     """One line for an error of Hydra's or OmegaConf's that names the key, the value and the remedy."""
-    text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not of the form KEY=VALUE; see --help for the keys"
+    text = "\n".join(str(each) for each in _chain(error))
     if match := re.search(r"Could not find '([\w/]+)/([^']+)'", text):
         group, option = match.groups()
         options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
@@ -64,9 +95,7 @@ def explain(error: Exception, schema: type) -> str:
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown or (key and re.search(r"Key '.*' (is )?not in", text)):
         name = unknown[1] if unknown else key[1] if key else ""
-        close = difflib.get_close_matches(name, sorted(_keys(OmegaConf.structured(schema))), n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return f"{name}: no such key; {hint}All keys are listed by --help"
+        return _unknown(name, schema)
     if match := re.search(r"Could not override '?([\w/]+)'?.*No match in the defaults list", text, flags=re.DOTALL):
         return f"{match[1]}: no such group; all groups are listed by --help"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -74,9 +103,15 @@ def explain(error: Exception, schema: type) -> str:
     where = key[1] if key else "a key"
     if wrong:
         return f"{where}: {wrong[0].removeprefix('Value ')}; see --help for its type"
-    if match := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"{match[1]}: must be given, as {match[1]}=VALUE"
+    if match := re.search(r"missing mandatory value: (\S+)", text, flags=re.IGNORECASE):
+        return f"{match[1]}: must be given as {match[1]}=VALUE"
     return f"{lines[0]} (key: {where}); see --help for the keys and their form"
+
+
+def _unknown(key: str, schema: type) -> str:
+    close = difflib.get_close_matches(key, sorted(_keys(OmegaConf.structured(schema))), n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{key}: no such key; {hint}all keys are listed by --help"
 
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

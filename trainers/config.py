@@ -57,7 +57,7 @@ class EvaluationConfig:
     baselines: Any = "all"  # "all", "none", or a list of names
     controllers: BaselinesConfig = field(default_factory=BaselinesConfig)  # knobs of the baselines
 
-    def names(self) -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         """The chosen baselines.
 
         Raises:
@@ -67,7 +67,9 @@ class EvaluationConfig:
             return list(baselines.NAMES) if self.baselines == "all" else []
         chosen = [self.baselines] if isinstance(self.baselines, str) else list(self.baselines)
         for name in chosen:
-            baselines.make(name, self.controllers, self.seed)
+            if name not in baselines.NAMES:
+                known = ", ".join(baselines.NAMES)
+                raise ConfigError(f"{prefix}baselines={name}: no such baseline; choose all, none, or from {known}")
         return chosen
 
     def validate(self, blueprints: int, prefix: str) -> None:
@@ -78,7 +80,7 @@ class EvaluationConfig:
         """
         if self.episodes < 0:
             raise ConfigError(f"{prefix}episodes={self.episodes}: must not be negative")
-        self.names()
+        self.names(prefix)
         self.controllers.validate(blueprints, f"{prefix}controllers")
 
 
@@ -123,7 +125,7 @@ class EvaluateConfig(EvaluationConfig):
     """`python -m trainers.evaluate`."""
 
     checkpoint: str = MISSING  # a run directory or a checkpoint file
-    env: str | None = None  # another environment of conf/env; default: the one it was trained on
+    env: EnvConfig | None = None  # another environment; default: the one it was trained on
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 

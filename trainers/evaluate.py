@@ -9,9 +9,8 @@ from typing import Any
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
-from envs.config import EnvConfig, load_config
+from envs.config import EnvConfig
 from esper.graph.schema import SCHEMA
 from esper.runtime import checkpoint
 from esper.runtime.errors import ConfigError
@@ -42,6 +41,7 @@ def load(given: str) -> tuple[Path, dict[str, Any]]:
 
 
 @hydra.main(version_base="1.3", config_path="pkg://esper.conf", config_name="evaluate")
+@cli.job(EvaluateConfig)
 def _main(given: DictConfig) -> None:
     settings = OmegaConf.to_object(given)
     assert isinstance(settings, EvaluateConfig)
@@ -54,7 +54,8 @@ def _main(given: DictConfig) -> None:
         assert isinstance(saved, EnvConfig)
         env = saved
     else:
-        env = load_config(settings.env)
+        env = settings.env
+        env.validate()
     settings.validate(len(env.blueprints), "")
     torch.set_num_threads(settings.runtime.threads)
     policy = Tamiyo(PolicyConfig(**state["config"]["policy"])).to(settings.runtime.device)
@@ -62,7 +63,7 @@ def _main(given: DictConfig) -> None:
     report = evaluation.evaluate(policy, env, settings, settings.runtime.device, str(path))
     run_dir = path.parent.parent if path.parent.name == checkpoint.FOLDER else path.parent
     evaluation.write(report, run_dir / "eval")
-    console = Console()
+    console = cli.console()
     console.print(evaluation.table(report))
     console.print(f"report: {run_dir / 'eval' / 'report.md'} and report.json", soft_wrap=True, highlight=False)
 

@@ -9,7 +9,6 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from esper.runtime import checkpoint
 from esper.runtime.errors import ConfigError
@@ -52,9 +51,10 @@ def resumed_config(given: DictConfig, overrides: list[str], saved: dict[str, Any
 
 
 @hydra.main(version_base="1.3", config_path="pkg://esper.conf", config_name="train")
+@cli.job(TrainConfig)
 def _main(given: DictConfig) -> None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    console = Console()
+    console = cli.console()
     state = None
     if given.resume:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
 import random
 import re
 from pathlib import Path
@@ -65,7 +66,10 @@ def read(path: Path) -> dict[str, Any]:
     digest, _, payload = content[len(_MAGIC) :].partition(b"\n")
     if hashlib.sha256(payload).hexdigest().encode() != digest:
         raise CheckpointError(f"{path} is damaged (its checksum does not match)")
-    state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than tensors and plain values; it was not loaded") from error
     if state["format_version"] != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {state['format_version']}, this is Esper's {FORMAT_VERSION}")
     return state

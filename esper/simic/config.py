@@ -11,16 +11,16 @@ from esper.runtime.errors import ConfigError, check_positive
 class PPOConfig:
     """Proximal policy optimisation (Schulman et al., arXiv 1707.06347)."""
 
-    total_steps: int = 100_000  # environment steps, rounded up to whole iterations
+    total_steps: int = 80_000  # environment steps, rounded up to whole iterations
     num_steps: int = 40  # steps of each environment per iteration
     epochs: int = 4  # passes over an iteration's transitions
     minibatches: int = 4  # per pass
-    lr: float = 1e-3
+    lr: float = 2e-3
     anneal_lr: bool = True  # linearly to 0 over total_steps
     gamma: float = 1.0
     gae_lambda: float = 0.95
     clip: float = 0.2  # of the probability ratio
-    entropy_coef: float = 0.01
+    entropy_coef: float = 0.003
     value_coef: float = 0.5
     max_grad_norm: float = 0.5
     normalize_advantages: bool = True  # per minibatch

@@ -148,7 +148,7 @@ def make(name: str, config: BaselinesConfig, seed: int) -> Controller:
     """The baseline called `name`.
 
     Raises:
-        ConfigError: no such baseline; the message lists those there are.
+        KeyError: no such baseline; the message lists those there are.
     """
     if name == "never":
         return Never()
@@ -158,4 +158,4 @@ def make(name: str, config: BaselinesConfig, seed: int) -> Controller:
         return AllAtStart(config.all_at_start, config.ramp)
     if name == "plateau":
         return Plateau(config.plateau, config.ramp)
-    raise ConfigError(f"baseline {name!r} is unknown; choose from {', '.join(NAMES)}, or baselines=all")
+    raise KeyError(f"unknown baseline {name!r}; available: {', '.join(NAMES)}")

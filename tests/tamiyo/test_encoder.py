@@ -1,0 +1,238 @@
+"""The encoder against slow loops over edges, and the symmetries that its output must have."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from esper.graph import GraphBatch
+from esper.graph.schema import GraphSchema
+from esper.tamiyo.encoder import Encoder, masked_mean, orthogonal_
+
+NODES = {"global": ("u", "v"), "slot": ("p", "q", "r"), "layer": ("w",)}
+RELATIONS = {
+    ("slot", "near", "slot"): ("d", "e"),
+    ("layer", "hosts", "slot"): ("f",),
+    ("slot", "reads", "layer"): ("g", "h", "i"),
+    ("global", "writes", "slot"): ("presence",),
+    ("global", "writes", "layer"): ("presence",),
+    ("slot", "informs", "global"): ("presence",),
+    ("layer", "informs", "global"): ("presence",),
+}
+SMALL = GraphSchema(NODES, RELATIONS)
+SIZES = {"global": 1, "slot": 4, "layer": 3}
+HIDDEN, HEADS = [4, 6, 8, 8], 2
+READ = ("global", "slot")
+
+
+@pytest.fixture
+def encoder(randomise: Callable[..., Any]) -> Encoder:
+    return randomise(Encoder(SMALL, HIDDEN, HEADS, READ), scale=0.6)
+
+
+@pytest.fixture
+def graph(random_graph: Callable[..., GraphBatch]) -> GraphBatch:
+    """Three graphs; at density 0.4 some nodes have no incoming edge and some have several."""
+    return random_graph(3, SIZES, 0.4, seed=3, schema=SMALL)
+
+
+# ---- the slow reference ----------------------------------------------------------------------------------------------
+
+
+def incoming(graph: GraphBatch, b: int, relation: tuple[str, str, str], target: int) -> list[tuple[int, Tensor]]:
+    """(source, attributes) of the edges into one node of graph b."""
+    edges = graph.edges[relation]
+    return [
+        (int(edges.source[b, e]), edges.attr[b, e])
+        for e in range(edges.source.shape[1])
+        if edges.mask[b, e] and int(edges.target[b, e]) == target
+    ]
+
+
+def sage(conv: nn.Module, h: dict[str, Tensor], graph: GraphBatch, b: int, relation: tuple[str, str, str]) -> Tensor:
+    """Mean of the neighbours through one weight, the node itself through another (arXiv 1706.02216)."""
+    rows = []
+    for target in range(len(h[relation[2]])):
+        neighbours = [h[relation[0]][source] for source, _ in incoming(graph, b, relation, target)]
+        mean = sum(neighbours) / len(neighbours) if neighbours else torch.zeros(conv.lin_l.weight.shape[1])
+        rows.append(conv.lin_l.weight @ mean + conv.lin_l.bias + conv.lin_r.weight @ h[relation[2]][target])
+    return torch.stack(rows)
+
+
+def gat(conv: nn.Module, h: dict[str, Tensor], graph: GraphBatch, b: int, relation: tuple[str, str, str]) -> Tensor:
+    """Attention over incoming edges: softmax of LeakyReLU(0.2) of source, target and edge terms (arXiv 1710.10903)."""
+    width = conv.att_src.shape[2]
+    rows = []
+    for target in range(len(h[relation[2]])):
+        edges = incoming(graph, b, relation, target)
+        row = []
+        for head in range(HEADS):
+            part = slice(head * width, (head + 1) * width)
+            keys = [(conv.lin_src.weight @ h[relation[0]][source])[part] for source, _ in edges]
+            own = conv.att_dst[0, head] @ (conv.lin_dst.weight @ h[relation[2]][target])[part]
+            scores = []
+            for key, (_, attr) in zip(keys, edges, strict=True):
+                score = conv.att_src[0, head] @ key + own + conv.att_edge[0, head] @ (conv.lin_edge.weight @ attr)[part]
+                scores.append(score if score > 0 else 0.2 * score)
+            total = sum(math.exp(score) for score in scores)
+            row.append(sum((math.exp(s) / total * k for s, k in zip(scores, keys, strict=True)), torch.zeros(width)))
+        rows.append(torch.cat(row) + conv.bias)
+    return torch.stack(rows)
+
+
+def layer_reference(encoder: Encoder, depth: int, h: dict[str, Tensor], graph: GraphBatch, b: int) -> dict[str, Tensor]:
+    """HeteroConv: the mean over the relations that end in a node type."""
+    kind = sage if depth < 2 else gat
+    out: dict[str, list[Tensor]] = {}
+    for relation in RELATIONS:
+        if depth == 3 and relation[2] not in READ:
+            continue
+        conv = encoder.layers[depth].convs[relation]
+        out.setdefault(relation[2], []).append(kind(conv, h, graph, b, relation))
+    return {node: sum(values) / len(values) for node, values in out.items()}
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def reference(encoder: Encoder, graph: GraphBatch, b: int) -> dict[str, Tensor]:
+    """The whole encoder on graph b, from the definition: inputs, then out + skip four times."""
+    h = {}
+    for node in NODES:
+        linear, _, norm = encoder.inputs[node]
+        value = gelu(graph.x[node][b] @ linear.weight.T + linear.bias)
+        centred = value - value.mean(1, keepdim=True)
+        scaled = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+        h[node] = scaled * norm.weight + norm.bias
+    width = HIDDEN[0]
+    for depth, out in enumerate(HIDDEN):
+        new = {}
+        for node, value in layer_reference(encoder, depth, h, graph, b).items():
+            skip = encoder.skips[depth][node]
+            kept = h[node] if out == width else h[node] @ skip.weight.T + skip.bias
+            new[node] = kept + gelu(value)
+        h, width = new, out
+    return h
+
+
+def random_embeddings(graph: GraphBatch, width: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {node: torch.randn(len(graph), SIZES[node], width, generator=generator) for node in NODES}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [0, 1], ids=["first", "second"])
+def test_a_sage_layer_is_the_loop_over_edges(encoder: Encoder, graph: GraphBatch, depth: int) -> None:
+    h = random_embeddings(graph, ([HIDDEN[0], *HIDDEN])[depth])
+    _, index, _ = graph.flatten()
+    out = encoder.layers[depth]({node: value.flatten(0, 1) for node, value in h.items()}, index)
+    for b in range(3):
+        expected = layer_reference(encoder, depth, {node: value[b] for node, value in h.items()}, graph, b)
+        for node, size in SIZES.items():
+            torch.testing.assert_close(out[node][b * size : (b + 1) * size], expected[node], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [2, 3], ids=["first", "second"])
+def test_a_gat_layer_is_the_loop_over_edges(encoder: Encoder, graph: GraphBatch, depth: int) -> None:
+    h = random_embeddings(graph, HIDDEN[depth - 1])
+    _, index, attr = graph.flatten()
+    out = encoder.layers[depth]({n: value.flatten(0, 1) for n, value in h.items()}, index, edge_attr_dict=attr)
+    assert out.keys() == ({*NODES} if depth == 2 else {*READ})
+    for b in range(3):
+        expected = layer_reference(encoder, depth, {node: value[b] for node, value in h.items()}, graph, b)
+        for node, value in expected.items():
+            got = out[node][b * SIZES[node] : (b + 1) * SIZES[node]]
+            torch.testing.assert_close(got, value, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_whole_encoder_is_the_loop(encoder: Encoder, graph: GraphBatch) -> None:
+    out = encoder(graph)
+    assert out.keys() == {*READ}
+    for b in range(3):
+        expected = reference(encoder, graph, b)
+        for node in READ:
+            torch.testing.assert_close(out[node][b], expected[node], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_graphs_without_any_edge_are_encoded(encoder: Encoder, random_graph: Callable[..., GraphBatch]) -> None:
+    graph = random_graph(2, SIZES, 0.0, schema=SMALL)
+    out = encoder(graph)
+    for b in range(2):
+        torch.testing.assert_close(out["slot"][b], reference(encoder, graph, b)["slot"], atol=1e-5, rtol=1e-5)
+
+
+# ---- symmetries ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("node", ["slot", "layer"])
+def test_permuted_nodes_have_permuted_embeddings(
+    encoder: Encoder, graph: GraphBatch, permute_nodes: Callable[..., GraphBatch], node: str, seed: int
+) -> None:
+    order = torch.randperm(SIZES[node], generator=torch.Generator().manual_seed(seed))
+    before, after = encoder(graph), encoder(permute_nodes(graph, node, order))
+    expected = before["slot"][:, order] if node == "slot" else before["slot"]
+    torch.testing.assert_close(after["slot"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after["global"], before["global"], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_order_of_edges_does_not_matter(
+    encoder: Encoder, graph: GraphBatch, shuffle_edges: Callable[..., GraphBatch]
+) -> None:
+    before, after = encoder(graph), encoder(shuffle_edges(graph))
+    for node in READ:
+        torch.testing.assert_close(after[node], before[node], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_does_not_matter(encoder: Encoder, graph: GraphBatch, pad: Callable[..., GraphBatch]) -> None:
+    before, after = encoder(graph), encoder(pad(graph, {"slot": 2, "layer": 3}, 5))
+    for node in READ:
+        torch.testing.assert_close(after[node][:, : SIZES[node]], before[node], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("relation", list(RELATIONS), ids="-".join)
+def test_edge_attributes_matter(
+    encoder: Encoder, random_graph: Callable[..., GraphBatch], relation: tuple[str, str, str]
+) -> None:
+    # Attention over a single edge is 1 whatever its attribute, so with one global node what it writes has no effect.
+    graph = random_graph(2, SIZES, 1.0, schema=SMALL)
+    before = encoder(graph)
+    graph.edges[relation].attr.neg_()
+    changed = any(not torch.allclose(encoder(graph)[node], before[node], atol=1e-6) for node in READ)
+    assert changed == (relation[0] != "global")
+
+
+@torch.no_grad()
+def test_the_schema_may_have_any_sizes(encoder: Encoder, random_graph: Callable[..., GraphBatch]) -> None:
+    out = encoder(random_graph(2, {"global": 1, "slot": 9, "layer": 7}, schema=SMALL))
+    assert out["slot"].shape == (2, 9, HIDDEN[-1])
+    assert out["global"].shape == (2, 1, HIDDEN[-1])
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "gain"), [((5, 3), 2.0), ((3, 5), 0.01), ((4, 4), math.sqrt(2))], ids=str)
+def test_orthogonal_rows_or_columns_of_that_gain(shape: tuple[int, int], gain: float) -> None:
+    layer = orthogonal_(nn.Linear(shape[1], shape[0]), gain)
+    weight = layer.weight if shape[0] <= shape[1] else layer.weight.T
+    torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(min(shape)))
+    assert not layer.bias.any()
+
+
+def test_masked_mean_by_hand() -> None:
+    x = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [99.0, 99.0]], [[7.0, 7.0], [8.0, 8.0], [9.0, 9.0]]])
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    # (1 + 3) / 2 and (2 + 6) / 2; no node at all gives 0
+    assert masked_mean(x, mask).tolist() == [[2.0, 4.0], [0.0, 0.0]]

@@ -1,0 +1,317 @@
+import errno
+import json
+import math
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from esper.runtime import checkpoint
+from esper.runtime.telemetry import Telemetry
+from esper.simic import update
+
+CONTRACT = {
+    "rollout/ep_rew_mean",
+    "rollout/ep_len_mean",
+    *(
+        f"train/{name}"
+        for name in (
+            "approx_kl",
+            "clip_fraction",
+            "entropy_loss",
+            "explained_variance",
+            "policy_gradient_loss",
+            "value_loss",
+            "learning_rate",
+        )
+    ),
+    "time/fps",
+    *(f"perf/{name}" for name in ("collect_s", "update_s", "graph_build_ms", "graphs_per_s", "recompiles")),
+    *(f"growth/{name}" for name in ("germinated", "fossilized", "culled", "params_ratio")),
+    *(
+        f"tamiyo.gnn.{name}"
+        for name in ("compile_enabled", "compile_fallback_total", "compile_warm_ms", "inference.latency_ms")
+    ),
+    "grad/norm",
+}
+TIMED = ("time", "perf/", "tamiyo.gnn.")
+
+
+def lines(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(run_dir: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines(run_dir)]
+
+
+def events(run_dir: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(run_dir / "tb"))
+    accumulator.Reload()
+    return accumulator
+
+
+def assert_same(a, b, path="") -> None:
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, path
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def newest(run_dir: Path) -> dict:
+    return checkpoint.latest(run_dir)[1]
+
+
+def test_event_file_holds_the_contracts_scalars(run_train):
+    result = run_train()
+    assert result.code == 0, result.err
+    written = events(result.run_dir)
+    assert set(written.Tags()["scalars"]) >= CONTRACT
+    for name in CONTRACT:
+        points = written.Scalars(name)
+        assert [point.step for point in points] == [32, 64, 96], name
+        assert all(math.isfinite(point.value) for point in points), name
+    for line, step in zip(lines(result.run_dir), (32, 64, 96), strict=True):
+        assert line["step"] == step
+        assert line["train/value_loss"] == pytest.approx(
+            next(p.value for p in written.Scalars("train/value_loss") if p.step == step), rel=1e-6
+        )
+    # 4 environments with episodes of 4 epochs
+    assert lines(result.run_dir)[0]["rollout/ep_len_mean"] == 4
+    assert lines(result.run_dir)[0]["train/learning_rate"] == pytest.approx(2e-3)
+    assert lines(result.run_dir)[2]["train/learning_rate"] == pytest.approx(2e-3 / 3)
+
+
+def test_run_directory_and_closing_lines(run_train):
+    result = run_train("evaluation.episodes=3", "evaluation.baselines=[never,random]")
+    run = result.run_dir
+    assert run.parts[-3:-1] == ("runs", "segment")
+    for name in (".hydra/config.yaml", "tb", "metrics.jsonl", "checkpoints", "eval/report.json", "eval/report.md"):
+        assert (run / name).exists(), name
+    assert f"resume={run}" in result.out
+    assert f"tensorboard --logdir {run / 'tb'}" in result.out
+    assert "ETA" in result.out
+    assert set(json.loads((run / "eval/report.json").read_text())["controllers"]) == {"tamiyo", "never", "random"}
+
+
+def test_same_seed_same_bits_and_other_seed_other_run(run_train):
+    first, second, other = run_train(), run_train(), run_train("seed=2")
+    assert first.run_dir != second.run_dir
+    assert_same(newest(first.run_dir), newest(second.run_dir))
+    assert untimed(first.run_dir) == untimed(second.run_dir)
+    assert untimed(first.run_dir) != untimed(other.run_dir)
+
+
+def stop_at(step: int, number: signal.Signals, monkeypatch) -> None:
+    """The process gets a signal while it logs that step."""
+    log = Telemetry.log
+
+    def logging(self, at, scalars):
+        log(self, at, scalars)
+        if at == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Telemetry, "log", logging)
+
+
+@pytest.mark.parametrize(("step", "number"), [(32, signal.SIGTERM), (64, signal.SIGINT)])
+@pytest.mark.parametrize("env", ["segment", "digits"])
+def test_preempted_and_resumed_equals_uninterrupted(run_train, monkeypatch, step, number, env):
+    whole = run_train(f"env={env}")
+    with monkeypatch.context() as patch:
+        stop_at(step, number, patch)
+        stopped = run_train(f"env={env}", "checkpoint.every=100")
+    assert stopped.code == 75
+    assert f"resume={stopped.run_dir}" in stopped.err
+    assert newest(stopped.run_dir)["step"] == step
+    resumed = run_train(f"resume={stopped.run_dir}", tiny=False)
+    assert resumed.code == 0, resumed.err
+    assert resumed.run_dir == stopped.run_dir
+    states = newest(whole.run_dir), newest(resumed.run_dir)
+    for state in states:
+        del state["config"]  # it differs in checkpoint.every
+    assert_same(*states)
+    assert untimed(whole.run_dir) == untimed(resumed.run_dir)
+    assert [p.step for p in events(resumed.run_dir).Scalars("train/approx_kl")] == [32, 64, 96]
+
+
+def test_points_after_the_checkpoint_are_taken_back(run_train):
+    # Saved at 64 only; the run then logs 96 and dies, and 96 must not be there twice after the resume.
+    result = run_train("checkpoint.every=2")
+    (result.run_dir / "checkpoints" / f"step_{96:012d}.ckpt").unlink()
+    with open(result.run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 12')  # cut off while it was written
+    resumed = run_train(f"resume={result.run_dir}", tiny=False)
+    assert resumed.code == 0, resumed.err
+    assert [line["step"] for line in lines(result.run_dir)] == [32, 64, 96]
+    assert [p.step for p in events(result.run_dir).Scalars("train/approx_kl")] == [32, 64, 96]
+
+
+def test_resume_may_train_longer_but_not_change_the_task(run_train):
+    run = run_train().run_dir
+    for override in ("env.epochs=5", "env=digits", "policy.hidden=[4,4,4,4]", "seed=9"):
+        refused = run_train(f"resume={run}", override, tiny=False)
+        assert refused.code == 2
+        assert override in refused.err
+        assert len(refused.err.splitlines()) == 1
+    done = run_train(f"resume={run}", tiny=False)
+    assert done.code == 0
+    assert "nothing left to do" in done.out
+    longer = run_train(f"resume={run}", "ppo.total_steps=128", "ppo.lr=1e-4", tiny=False)
+    assert longer.code == 0, longer.err
+    assert [line["step"] for line in lines(run)] == [32, 64, 96, 128]
+    assert newest(run)["config"]["ppo"]["lr"] == 1e-4
+    assert newest(run)["config"]["ppo"]["epochs"] == 2  # as saved, not the default
+    assert (run / ".hydra_resume").exists()
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_used(run_train):
+    run = run_train().run_dir
+    newest_file, before = checkpoint.found(run)[:2]
+    content = bytearray(newest_file.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest_file.write_bytes(content)
+    resumed = run_train(f"resume={run}", tiny=False)
+    assert resumed.code == 0
+    assert f"{newest_file.name} is damaged" in resumed.out.replace("\n", "")
+    assert before.name in resumed.out
+    assert "resuming at step 64" in resumed.out
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("ppo.lrr=1", "ppo.lrr: no such key; did you mean ppo.lr?"),
+        ("+ppo.momentum=1", "ppo.momentum: no such key"),
+        ("colour=red", "colour: no such key"),
+        ("ppo.lr=fast", "ppo.lr: 'fast' of type 'str' could not be converted to Float"),
+        ("seed=1.5", "seed: '1.5' of type 'float'"),
+        ("env=mars", "env=mars: no such option; choose one of digits, segment"),
+        ("policy=huge", "policy=huge: no such option"),
+        ("ppo.total_steps=-5", "ppo.total_steps=-5: must be above 0"),
+        ("ppo.gamma=1.5", "ppo.gamma=1.5: must lie between 0 and 1"),
+        ("ppo.minibatches=99", "ppo.minibatches=99: more than the"),
+        ("env.task=moon", "env.task=moon: no such task; choose one of digits, segment"),
+        ("env.blueprints=[mlp,brick]", "env.blueprints=brick: no such blueprint; choose from"),
+        ("env.context.train_size=[9,5]", "env.context.train_size=[9, 5]: give [low, high]"),
+        ("env.name=other", "env.name=other: no reference stored"),
+        ("policy.heads=3", "policy.heads=3: must divide"),
+        ("runtime.device=warp", "runtime.device=warp:"),
+        ("evaluation.baselines=[never,magic]", "evaluation.baselines=magic: no such baseline"),
+        ("evaluation.controllers.plateau.blueprint=7", "evaluation.controllers.plateau.blueprint=7:"),
+        ("resume=no/such/run", "resume=no/such/run: no such directory"),
+        ("ppo", "ppo: not of the form KEY=VALUE"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run_train, tmp_path, override, expected):
+    result = run_train(override)
+    assert result.code == 2
+    assert result.err.startswith(f"error: {expected}"), result.err
+    assert len(result.err.splitlines()) == 1
+    assert "Traceback" not in result.err + result.out
+    assert not list(tmp_path.glob("runs/**/metrics.jsonl"))
+
+
+def test_resume_from_a_foreign_directory(run_train, tmp_path):
+    (tmp_path / "photos").mkdir()
+    result = run_train("resume=photos", tiny=False)
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "resume=photos: not a run directory" in result.err
+    (tmp_path / "photos/checkpoints").mkdir()
+    (tmp_path / "photos/checkpoints/step_000000000032.ckpt").write_bytes(b"not ours")
+    result = run_train("resume=photos", tiny=False)
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "is not an Esper checkpoint" in result.err
+    assert (tmp_path / "photos/checkpoints/step_000000000032.ckpt").read_bytes() == b"not ours"
+
+
+def test_output_directory_that_cannot_be_made(run_train, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = run_train("output_dir=file")
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert "file" in result.err
+    assert "output_dir" in result.err
+
+
+def test_full_disk_while_saving_keeps_the_earlier_checkpoint(run_train, monkeypatch):
+    fsync, saves = os.fsync, []
+
+    def full(descriptor):
+        saves.append(descriptor)
+        if len(saves) > 2:  # a save syncs its file and its folder
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        result = run_train()
+    run = result.run_dir
+    assert result.code == 3
+    assert len(result.err.splitlines()) == 1
+    assert "No space left on device" in result.err
+    assert f"resume={run}" in result.err
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{32:012d}.ckpt"]
+    assert run_train(f"resume={run}", tiny=False).code == 0
+    assert_same(newest(run), newest(run_train().run_dir))
+
+
+def test_file_size_limit_of_the_operating_system(run_train):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        result = run_train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.code == 3
+    assert len(result.err.splitlines()) == 1
+    assert "File too large" in result.err
+    assert not list((result.run_dir / "checkpoints").iterdir())
+
+
+def test_numbers_that_are_not_finite_end_training(run_train, monkeypatch):
+    honest = update.ppo_loss
+    calls = []
+
+    def broken(*arguments):
+        loss = honest(*arguments)
+        calls.append(1)
+        loss.total = loss.total * (float("nan") if len(calls) == 6 else 1)  # in the second iteration
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "ppo_loss", broken)
+        result = run_train()
+    assert result.code == 3
+    assert "not finite" in result.err
+    assert newest(result.run_dir)["step"] == 32
+    assert all(t.isfinite().all() for t in newest(result.run_dir)["learner"]["policy"].values())
+    assert run_train(f"resume={result.run_dir}", tiny=False).code == 0
+
+
+def test_multirun(run_train, tmp_path):
+    result = run_train("-m", "seed=1,2", "ppo.total_steps=32")
+    assert result.code == 0, result.err
+    runs = sorted(path.parent for path in tmp_path.glob("runs/multirun/*/*/metrics.jsonl"))
+    assert [run.name for run in runs] == ["0", "1"]
+    assert [newest(run)["config"]["seed"] for run in runs] == [1, 2]
+
+
+def test_help(run_train):
+    result = run_train("--help", tiny=False)
+    assert result.code == 0
+    for text in ("env: digits, segment", "policy: tamiyo, tamiyo_small", "total_steps:", "resume", "Exit codes"):
+        assert text in result.out
