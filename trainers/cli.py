@@ -27,8 +27,7 @@ def job(schema: type) -> Callable[[_Job], _Job]:
         @functools.wraps(function)
         def wrapped(given: DictConfig) -> None:
             try:
-                for key in sorted(set(_keys(given)) - set(_keys(OmegaConf.structured(schema)))):
-                    raise ConfigError(_unknown(key, schema))
+                _check_keys(given, schema)
                 function(given)
             except EsperError as error:
                 sys.exit(_fail(str(error), error.exit_code))
@@ -106,6 +105,16 @@ def explain(error: Exception, schema: type) -> str:
     if match := re.search(r"missing mandatory value: (\S+)", text, flags=re.IGNORECASE):
         return f"{match[1]}: must be given as {match[1]}=VALUE"
     return f"{lines[0]} (key: {where}); see --help for the keys and their form"
+
+
+def _check_keys(given: DictConfig, schema: type) -> None:
+    """Refuses keys that `+KEY=VALUE` has added to a node of the schema."""
+    known = OmegaConf.structured(schema)
+    for key in _keys(given):
+        parent = OmegaConf.select(known, key.rpartition(".")[0]) if "." in key else known
+        # An optional node that is None in the schema has its own type, and OmegaConf has checked it.
+        if isinstance(parent, DictConfig) and key.rpartition(".")[2] not in parent:
+            raise ConfigError(_unknown(key, schema))
 
 
 def _unknown(key: str, schema: type) -> str:
