@@ -112,8 +112,9 @@ def _check_keys(given: DictConfig, schema: type) -> None:
     known = OmegaConf.structured(schema)
     for key in _keys(given):
         parent = OmegaConf.select(known, key.rpartition(".")[0]) if "." in key else known
-        # An optional node that is None in the schema has its own type, and OmegaConf has checked it.
-        if isinstance(parent, DictConfig) and key.rpartition(".")[2] not in parent:
+        # An optional node that is None in the schema has its own type, and OmegaConf has checked it. A list of the
+        # keys, because `in` is False for those without a value.
+        if isinstance(parent, DictConfig) and key.rpartition(".")[2] not in list(parent):
             raise ConfigError(_unknown(key, schema))
 
 

@@ -74,7 +74,7 @@ def test_log_probs_and_values_are_exactly_the_policys(
     policy = small_policy()
     decision = Actor(policy, 0, deterministic)(graph)
     distribution, values = policy.evaluate(graph)
-    assert torch.equal(decision.log_probs, distribution.log_prob(decision.actions))
+    assert torch.equal(decision.log_probs, distribution.log_prob(decision.actions.clone()))
     assert torch.equal(decision.values, values)
     assert (decision.actions.dtype, decision.log_probs.dtype) == (torch.int64, torch.float32)
     assert decision.actions.shape == decision.log_probs.shape == decision.values.shape == (6,)

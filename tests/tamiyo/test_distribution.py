@@ -40,10 +40,10 @@ def test_log_prob_and_entropy_are_those_of_the_legal_subset(seed: int, scale: fl
 
 
 def test_by_hand() -> None:
-    # Odds 1 : 3 over the legal ones, so probabilities 1/4 and 3/4 and an entropy of
-    # 1/4 ln 4 + 3/4 ln(4/3) = 0.3466 + 0.2158 = 0.5623; the illegal logit of 9 plays no part.
-    distribution = MaskedCategorical(torch.tensor([[0.0, 9.0, 3.0]]).log(), torch.tensor([[True, True, True]]))
-    assert distribution.probs.tolist()[0] == pytest.approx([0.0, 0.75, 0.25])
+    # Odds 1 : 9 : 3. Without the middle one 1 : 3, so probabilities 1/4 and 3/4 and an entropy of
+    # 1/4 ln 4 + 3/4 ln(4/3) = 0.3466 + 0.2158 = 0.5623.
+    distribution = MaskedCategorical(torch.tensor([[1.0, 9.0, 3.0]]).log(), torch.tensor([[True, True, True]]))
+    assert distribution.probs.tolist()[0] == pytest.approx([1 / 13, 9 / 13, 3 / 13])
     distribution = MaskedCategorical(torch.tensor([[1.0, 9.0, 3.0]]).log(), torch.tensor([[True, False, True]]))
     assert distribution.probs.tolist()[0] == pytest.approx([0.25, 0.0, 0.75])
     assert float(distribution.entropy()) == pytest.approx(0.5623, abs=1e-4)
