@@ -15,6 +15,7 @@ from esper.growth.lifecycle import LifecycleSpec, Stage
 from esper.growth.population import Context, Data, Population, TrainingSpec
 
 CATALOGUE = ["mlp", "glu", "low_rank", "norm"]
+WEIGHTS = (2, 4, 4, 1, 1)  # WAIT, GERMINATE, BLEND, FOSSILIZE, CULL: so that many seeds live long
 
 
 class SlowHost:
@@ -53,14 +54,16 @@ class SlowHost:
     @staticmethod
     def flat(module: nn.Module, of=lambda p: p) -> Tensor:
         """Parameters in the population's order: a Linear's weight is stored [in, out]."""
-        return torch.cat([of(p).detach().T.reshape(-1) for p in module.parameters()])
+        values = [of(p).detach() for p in module.parameters()]
+        return torch.cat([(v.T if v.ndim == 2 else v).reshape(-1) for v in values])
 
     def seed_from(self, kind: int, flat: Tensor) -> nn.Module:
         seed = Seed(CATALOGUE[kind], self.population.spec.width)
         at = 0
         with torch.no_grad():
             for p in seed.parameters():
-                p.copy_(flat[at : at + p.numel()].view(p.T.shape).T)
+                part = flat[at : at + p.numel()]
+                p.copy_(part.view(p.shape[1], p.shape[0]).T if p.ndim == 2 else part)
                 at += p.numel()
         assert at == len(flat)
         return seed
@@ -201,12 +204,15 @@ class Toy:
 
     @classmethod
     def act(cls, population: Population, keys: list[int], tag: object = 0) -> None:
-        """A random legal action for each host, drawn from its key, the tag and its epoch only."""
+        """A random legal verb, then one of its actions, for each host: drawn from key, tag and epoch only."""
         layout = cls.layout(population)
+        verbs = layout.table()[0].tolist()
         mask, actions = layout.mask(population.lifecycle.stage[: len(keys)]), []
         for host, key in enumerate(keys):
             dice = random.Random(f"{key} {tag} {int(population.epoch[host])}")
-            actions.append(dice.choice(mask[host].nonzero().flatten().tolist()))
+            legal = mask[host].nonzero().flatten().tolist()
+            verb = dice.choice([v for v in sorted({verbs[a] for a in legal}) for _ in range(WEIGHTS[v])])
+            actions.append(dice.choice([a for a in legal if verbs[a] == verb]))
         layout.execute(population, torch.tensor(actions))
 
     @classmethod

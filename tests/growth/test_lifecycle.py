@@ -2,7 +2,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper.growth.lifecycle import Event, Lifecycle, LifecycleSpec, Stage, is_kept, is_live, legal
@@ -231,6 +231,7 @@ STEPS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(STEPS, st.integers(1, 4), st.sampled_from([None, 1, 2]), st.integers(1, 3))
 def test_random_walks_keep_to_the_model(steps, embargo, auto_blend, every):
     spec = LifecycleSpec(embargo_epochs=embargo, auto_blend=auto_blend, auto_ramp=2)

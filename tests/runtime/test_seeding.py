@@ -2,7 +2,7 @@ import random
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper.runtime import seeding
@@ -35,12 +35,14 @@ def test_reference_has_the_published_values():
     assert splitmix(1234567, 3) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
+@settings(deadline=None)
 @given(INT64)
 def test_bits_are_splitmix64_from_the_mixed_key(key):
     expected = [signed(word) for word in splitmix(mix(key & WORD), 5)]
     assert seeding.bits(torch.tensor(key), 5).tolist() == expected
 
 
+@settings(deadline=None)
 @given(INT64, INT64)
 def test_fold_of_int_and_tensor_match_the_reference(key, item):
     expected = signed(mix(mix((key + GOLDEN) & WORD) ^ ((item * GOLDEN) & WORD)))
@@ -115,6 +117,7 @@ def test_neighbours_in_key_and_counter_are_uncorrelated():
         assert abs((draws * shifted * 12).masked_fill(same, 0).mean()) < bound
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=5), INT64)
 def test_permutation_rows(sizes, key):
     order = seeding.permutation(seeding.fold(torch.tensor(key), keys(len(sizes))), torch.tensor(sizes), 12)

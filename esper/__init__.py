@@ -1,0 +1,24 @@
+"""Esper: a learned controller that grows neural networks while they train."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from esper.graph import GraphBatch as GraphBatch
+    from esper.tamiyo.loading import load_policy as load_policy
+
+__version__ = metadata.version("esper")
+
+# Found on first use: torch and PyG take seconds to import, and most users of a part need only that part.
+_HOME = {"GraphBatch": "esper.graph", "load_policy": "esper.tamiyo.loading"}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'esper' has no attribute {name!r}")

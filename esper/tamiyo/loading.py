@@ -1,0 +1,55 @@
+"""From a checkpoint to a policy that can be used."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esper.graph.schema import SCHEMA
+from esper.runtime import checkpoint
+from esper.runtime.errors import ConfigError
+from esper.tamiyo.policy import PolicyConfig, Tamiyo
+
+
+def load_state(given: str | PathLike[str], key: str = "path") -> tuple[Path, dict[str, Any]]:
+    """Path and state of the checkpoint that the user named by a file or a run directory.
+
+    Args:
+        given: as the user wrote it.
+        key: what the user gave it as, for messages.
+
+    Raises:
+        ConfigError: there is none, or it is not usable.
+    """
+    path = Path(given)
+    if not path.exists():
+        raise ConfigError(f"{key}={given}: no such file or directory; give a run directory or a checkpoint file")
+    try:
+        if path.is_dir():
+            path, state, _ = checkpoint.latest(path)
+        else:
+            state = checkpoint.read(path)
+    except checkpoint.CheckpointError as error:
+        raise ConfigError(f"{key}={given}: {error}") from error
+    if state["schema_hash"] != SCHEMA.hash:
+        raise ConfigError(f"{key}={given}: its graph schema differs from this version's; train it anew")
+    return path, state
+
+
+def policy_of(state: dict[str, Any], device: torch.device | str = "cpu") -> Tamiyo:
+    """The policy in a checkpoint's state, in eval mode."""
+    policy = Tamiyo(PolicyConfig(**state["config"]["policy"])).to(device)
+    policy.load_state_dict(state["learner"]["policy"])
+    return policy.eval()
+
+
+def load_policy(path: str | PathLike[str], device: torch.device | str = "cpu") -> Tamiyo:
+    """The trained policy in a run directory (its newest whole checkpoint) or in a checkpoint file, in eval mode.
+
+    Raises:
+        ConfigError: there is no usable checkpoint; the message says why.
+    """
+    return policy_of(load_state(path)[1], device)
