@@ -11,7 +11,7 @@ from omegaconf import MISSING, OmegaConf
 from envs import tasks
 from esper.growth import blueprints
 from esper.growth.lifecycle import LifecycleSpec
-from esper.growth.population import TrainingSpec
+from esper.growth.state import TrainingSpec
 from esper.runtime.errors import ConfigError, check_positive
 
 

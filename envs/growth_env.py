@@ -19,7 +19,8 @@ from esper.growth.actions import ActionLayout, Verb
 from esper.growth.host import HostSpec
 from esper.growth.lifecycle import is_kept
 from esper.growth.observation import Observer
-from esper.growth.population import Context, Population
+from esper.growth.population import Population
+from esper.growth.state import Context
 from esper.runtime import seeding
 
 SPLITS = ("train", "heldout")

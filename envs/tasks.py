@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from esper.growth.population import Data
+from esper.growth.state import Data
 
 _SPLIT_SEED = 20_240_501  # of the permutation that makes the splits; the same in every run
 _SPLITS = {"segment": (1100, 400), "digits": (900, 400)}  # train, validation; the rest is the test split

@@ -22,6 +22,8 @@ WAIT = 0
 
 
 class Verb(IntEnum):
+    """The kinds of action, in the order of their numbers."""
+
     WAIT = 0
     GERMINATE = 1
     BLEND = 2

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from esper.growth import host
 from esper.growth.lifecycle import Stage, is_live
 from esper.growth.parameters import views
-
-if TYPE_CHECKING:
-    from esper.growth.population import Population
+from esper.growth.state import PopulationState
 
 
 class EpochRun:
@@ -22,7 +18,7 @@ class EpochRun:
     one concatenation.
     """
 
-    def __init__(self, population: Population):
+    def __init__(self, population: PopulationState):
         p = self.population = population
         stage, kind = p.lifecycle.stage, p.lifecycle.blueprint
         self.groups: list[tuple[int, int, Tensor]] = []  # (slot, blueprint, hosts)

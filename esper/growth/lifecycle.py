@@ -13,6 +13,8 @@ from torch import Tensor
 
 
 class Stage(IntEnum):
+    """What a slot holds."""
+
     DORMANT = 0  # empty slot
     TRAINING = 1  # the seed learns, the host's output is unchanged
     BLENDING = 2  # alpha ramps from 0 to 1
@@ -22,6 +24,8 @@ class Stage(IntEnum):
 
 
 class Event(IntEnum):
+    """What moves a slot from one stage to the next."""
+
     GERMINATE = 0
     BLEND = 1
     FOSSILIZE = 2

@@ -8,76 +8,22 @@ does not depend on which hosts it runs beside.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from esper.growth import blueprints, host
-from esper.growth.blueprints import Blueprint
+from esper.growth import host
 from esper.growth.epoch import EpochRun
-from esper.growth.host import HostSpec
-from esper.growth.lifecycle import Event, Lifecycle, LifecycleSpec, Stage, is_live
+from esper.growth.lifecycle import Event, Stage, is_live
 from esper.growth.parameters import initial, views
-from esper.growth.statistics import Statistics, activation_statistics
+from esper.growth.state import Context, PopulationState
+from esper.growth.statistics import activation_statistics
 from esper.runtime import seeding
 
 # Salts that keep the streams of one host key apart.
 _INIT, _SUBSET, _NOISE, _ORDER, _SEED = range(1, 6)
 
 
-@dataclass(frozen=True)
-class Data:
-    """A task's tensors: features [n, inputs] float32 and labels [n] int64, for each split."""
-
-    train_x: Tensor
-    train_y: Tensor
-    validation_x: Tensor
-    validation_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-
-    def to(self, device: torch.device | str) -> Data:
-        return Data(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
-
-
-@dataclass
-class TrainingSpec:
-    """How every host is trained (Adam, Kingma and Ba, arXiv 1412.6980).
-
-    An epoch is a fixed number of minibatches, taken in the order of a fresh permutation of the host's training
-    samples (and from its start again where it has fewer), so that an epoch costs the same for every host.
-    """
-
-    steps_per_epoch: int = 10
-    batch_size: int = 32
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-
-
-@dataclass
-class Context:
-    """What is hidden and drawn per episode, stacked over hosts: each [N]."""
-
-    key: Tensor  # int64; init, data order and noise all follow from it
-    learning_rate: Tensor  # float32
-    train_size: Tensor  # int64, samples of the training pool that the host sees
-    label_noise: Tensor  # float32, share of its labels that are drawn anew
-
-
-@dataclass
-class _Group:
-    """The live seeds of one (slot, blueprint): `hosts` [m], and a view of their parameters while an epoch runs."""
-
-    slot: int
-    blueprint: int
-    hosts: Tensor
-    parameters: dict[str, Tensor]
-
-
-class Population:
+class Population(PopulationState):
     """N hosts of one architecture, their slots and their seeds.
 
     Args:
@@ -93,56 +39,6 @@ class Population:
     Raises:
         KeyError: an unknown blueprint.
     """
-
-    def __init__(
-        self,
-        spec: HostSpec,
-        catalogue: list[str],
-        data: Data,
-        training: TrainingSpec,
-        lifecycle: LifecycleSpec,
-        hosts: int,
-        observed: int | None = None,
-        device: torch.device | str = "cpu",
-    ):
-        self.spec, self.training, self.lifecycle_spec = spec, training, lifecycle
-        self.catalogue: list[Blueprint] = [blueprints.get(name) for name in catalogue]
-        self.data = data.to(device)
-        self.device = torch.device(device)
-        self.hosts, self.slots = hosts, spec.stages
-        self.observed = hosts if observed is None else observed
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        # [N, P] host parameters with Adam's moments; [N, slots, P_b] for the seeds of each blueprint.
-        sizes = [b.parameter_count(spec.width) for b in self.catalogue]
-        self.theta, self.exp_avg, self.exp_avg_sq = (zeros(hosts, spec.parameter_count) for _ in range(3))
-        self.seed_theta, self.seed_exp_avg, self.seed_exp_avg_sq = (
-            [zeros(hosts, self.slots, size) for size in sizes] for _ in range(3)
-        )
-        self.steps = zeros(hosts, dtype=torch.int64)  # optimiser steps taken by each host
-        self.seed_steps = zeros(hosts, self.slots, dtype=torch.int64)
-        self.epoch = zeros(hosts, dtype=torch.int64)
-        self.lifecycle = Lifecycle.dormant(hosts, self.slots, device)
-        pool = len(self.data.train_y)
-        self.subset = zeros(hosts, pool, dtype=torch.int64)  # indices into the training pool, the host's own first
-        self.labels = zeros(hosts, pool, dtype=torch.int64)  # of `subset`, with the host's label noise
-        self.context = Context(
-            zeros(hosts, dtype=torch.int64), zeros(hosts), zeros(hosts, dtype=torch.int64) + 1, zeros(hosts)
-        )
-        self.extra_flops = zeros(hosts)  # multiply-adds per sample, summed over epochs, culled seeds included
-        self.statistics = Statistics.empty(self.observed, spec, len(self.catalogue), device)
-        self.validation_loss = zeros(hosts)
-
-        self.host_specs = spec.parameters()
-        self._seed_specs = [list(b.parameters(spec.width).values()) for b in self.catalogue]
-        self._seed_names = [list(b.parameters(spec.width)) for b in self.catalogue]
-        self._seed_flops = torch.tensor([b.flops(spec.width) for b in self.catalogue], device=device)
-        self._seed_sizes = torch.tensor(sizes, device=device)
-        layer_of = [i // 2 for i, p in enumerate(self.host_specs) for _ in range(p.size)]
-        self._layer_of = F.one_hot(torch.tensor(layer_of, device=device), len(spec.layers)).float()
-        self._layer_of /= self._layer_of.sum(0)  # [P, layers]: averages over a layer's parameters
 
     # ---- episodes -------------------------------------------------------------------------------------------------
 
@@ -173,7 +69,7 @@ class Population:
             ValueError: a slot of `where` is not DORMANT.
         """
         self.lifecycle.germinate(where, blueprint)
-        for kind, specs in enumerate(self._seed_specs):
+        for kind, specs in enumerate(self.seed_specs):
             hosts, slots = (where & (blueprint == kind)).nonzero(as_tuple=True)
             key = seeding.fold(self.context.key[hosts], _SEED, slots, self.epoch[hosts], kind)
             self.seed_theta[kind][hosts, slots] = initial(specs, key)
@@ -195,7 +91,7 @@ class Population:
 
     def seed_parameters(self, mask: Tensor) -> Tensor:
         """Parameters of the seeds in `mask` (bool [N, slots]), summed per host: float32 [N]."""
-        sizes = self._seed_sizes[self.lifecycle.blueprint.clamp(min=0)]
+        sizes = self.seed_sizes[self.lifecycle.blueprint.clamp(min=0)]
         return (sizes * mask).sum(1).float()
 
     # ---- training -------------------------------------------------------------------------------------------------
@@ -204,7 +100,7 @@ class Population:
         """Trains every host for one epoch, evaluates it, refreshes the statistics and lets lifecycles move on."""
         self.lifecycle.begin_epoch()
         live = is_live(self.lifecycle.stage)
-        self.extra_flops += (self._seed_flops[self.lifecycle.blueprint.clamp(min=0)] * live).sum(1)
+        self.extra_flops += (self.seed_flops[self.lifecycle.blueprint.clamp(min=0)] * live).sum(1)
         run = EpochRun(self)
         order = self._epoch_order()
         x_index = self.subset.gather(1, order.flatten(1)).view_as(order)
@@ -231,10 +127,10 @@ class Population:
         statistics.train_loss = train_loss[:n]
         statistics.age_contributions(self.lifecycle.stage[:n])
         square, mean, update = (t[:n] for t in run.moments())
-        statistics.layer_weight_rms = ((self.theta[:n] ** 2) @ self._layer_of).sqrt()
-        statistics.layer_gradient_rms = (square @ self._layer_of).sqrt()
-        statistics.layer_update_rms = ((update**2) @ self._layer_of).sqrt()
-        statistics.layer_signal_to_noise = ((mean**2) @ self._layer_of).sqrt() / (statistics.layer_gradient_rms + 1e-12)
+        statistics.layer_weight_rms = ((self.theta[:n] ** 2) @ self.layer_of).sqrt()
+        statistics.layer_gradient_rms = (square @ self.layer_of).sqrt()
+        statistics.layer_update_rms = ((update**2) @ self.layer_of).sqrt()
+        statistics.layer_signal_to_noise = ((mean**2) @ self.layer_of).sqrt() / (statistics.layer_gradient_rms + 1e-12)
         statistics.update_rms = (update**2).mean(1).sqrt()
         statistics.seed_gradient_rms = run.seed_gradient_rms()[:n]
         statistics.activation_backward_rms = run.backward_rms[:n]
@@ -309,32 +205,3 @@ class Population:
 
         parameters = views(self.host_specs, self.theta[rows])
         return host.forward(self.spec, parameters, x.expand(len(rows), -1, -1), graft)
-
-    def seed_views(self, kind: int, flat: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self._seed_names[kind], views(self._seed_specs[kind], flat), strict=True))
-
-    # ---- state ----------------------------------------------------------------------------------------------------
-
-    _STATE = (
-        "theta", "exp_avg", "exp_avg_sq", "seed_theta", "seed_exp_avg", "seed_exp_avg_sq", "steps", "seed_steps",
-        "epoch", "subset", "labels", "extra_flops", "validation_loss",
-    )  # fmt: skip
-
-    def state_dict(self) -> dict[str, object]:
-        """All of the population's state as tensors in plain containers (copies)."""
-        state: dict[str, object] = {}
-        for name in self._STATE:
-            value = getattr(self, name)
-            state[name] = [v.clone() for v in value] if isinstance(value, list) else value.clone()
-        for part in ("lifecycle", "context", "statistics"):
-            state[part] = {k: v.clone() for k, v in vars(getattr(self, part)).items()}
-        return state
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Restores what `state_dict` returned."""
-        for name in self._STATE:
-            value = state[name]
-            setattr(self, name, [v.clone() for v in value] if isinstance(value, list) else value.clone())  # type: ignore[attr-defined]
-        for part in ("lifecycle", "context", "statistics"):
-            for key, value in state[part].items():  # type: ignore[attr-defined]
-                setattr(getattr(self, part), key, value.clone())

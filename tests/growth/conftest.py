@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from esper.growth.actions import ActionLayout
 from esper.growth.host import HostSpec
 from esper.growth.lifecycle import LifecycleSpec, Stage
-from esper.growth.population import Context, Data, Population, TrainingSpec
+from esper.growth.population import Population
+from esper.growth.state import Context, Data, TrainingSpec
 
 CATALOGUE = ["mlp", "glu", "low_rank", "norm"]
 WEIGHTS = (2, 4, 4, 1, 1)  # WAIT, GERMINATE, BLEND, FOSSILIZE, CULL: so that many seeds live long

