@@ -36,11 +36,10 @@ class TamiyoController:
     """A trained policy behind the interface of the baselines."""
 
     def __init__(self, policy: Tamiyo, seed: int, deterministic: bool):
-        self._policy, self._seed, self._deterministic = policy, seed, deterministic
-        self.begin(0)
+        self._actor = Actor(policy, seed, deterministic)
 
     def begin(self, hosts: int) -> None:
-        self._actor = Actor(self._policy, self._seed, self._deterministic)
+        pass
 
     def act(self, graph: GraphBatch) -> torch.Tensor:
         return self._actor(graph).actions.clone()

@@ -64,7 +64,9 @@ class GraphBatch:
         if isinstance(index, int):
             index = [range(len(self))[index]]
         if not isinstance(index, slice):
-            index = torch.as_tensor(index, device=self.device)
+            # An empty list would become a float tensor, which does not index.
+            empty = not isinstance(index, Tensor) and len(index) == 0
+            index = torch.as_tensor(index, device=self.device, dtype=torch.int64 if empty else None)
         return self.map(lambda t: t[index])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GraphBatch:

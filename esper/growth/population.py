@@ -85,7 +85,10 @@ class Population(PopulationState):
         self.lifecycle.fire(Event.CULL, unfinished)
         changed = unfinished.any(1).nonzero().squeeze(1)
         if len(changed):
-            self.validation_loss[changed] = self._losses(changed, self.data.validation_x, self.data.validation_y)
+            loss = self._losses(changed, self.data.validation_x, self.data.validation_y)
+            self.validation_loss[changed] = loss
+            watched = changed < self.observed
+            self.statistics.revise_validation(changed[watched], loss[watched], self.lifecycle.stage)
 
     # ---- accounts -------------------------------------------------------------------------------------------------
 
@@ -96,6 +99,7 @@ class Population(PopulationState):
 
     # ---- training -------------------------------------------------------------------------------------------------
 
+    @torch.enable_grad()
     def train_epoch(self) -> None:
         """Trains every host for one epoch, evaluates it, refreshes the statistics and lets lifecycles move on."""
         self.lifecycle.begin_epoch()
@@ -110,7 +114,7 @@ class Population(PopulationState):
             losses.append(run.step(self.data.train_x[x_index[:, step]], labels[:, step]))
         run.finish()
         self.epoch += 1
-        self._record(run, torch.stack(losses).mean(0))
+        self._record(run, torch.stack(losses, dim=1).mean(1))
         self.lifecycle.end_epoch(self.lifecycle_spec)
 
     def _epoch_order(self) -> Tensor:
@@ -122,19 +126,19 @@ class Population(PopulationState):
         return shuffled.gather(1, position).view(-1, steps, batch)
 
     def _record(self, run: EpochRun, train_loss: Tensor) -> None:
-        n, spec = self.observed, self.spec
+        n = self.observed
         statistics = self.statistics
         statistics.train_loss = train_loss[:n]
         statistics.age_contributions(self.lifecycle.stage[:n])
         square, mean, update = (t[:n] for t in run.moments())
-        statistics.layer_weight_rms = ((self.theta[:n] ** 2) @ self.layer_of).sqrt()
-        statistics.layer_gradient_rms = (square @ self.layer_of).sqrt()
-        statistics.layer_update_rms = ((update**2) @ self.layer_of).sqrt()
-        statistics.layer_signal_to_noise = ((mean**2) @ self.layer_of).sqrt() / (statistics.layer_gradient_rms + 1e-12)
+        squares = torch.stack([self.theta[:n].square(), square, update.square(), mean.square()], dim=1)
+        # One small product per host: one large product would round differently for other numbers of hosts.
+        rms = torch.bmm(squares, self.layer_of.expand(n, -1, -1)).sqrt()  # [n, 4, layers]
+        statistics.layer_weight_rms, statistics.layer_gradient_rms, statistics.layer_update_rms = rms[:, :3].unbind(1)
+        statistics.layer_signal_to_noise = rms[:, 3] / (rms[:, 1] + 1e-12)
         statistics.update_rms = (update**2).mean(1).sqrt()
         statistics.seed_gradient_rms = run.seed_gradient_rms()[:n]
         statistics.activation_backward_rms = run.backward_rms[:n]
-        assert statistics.layer_weight_rms.shape == (n, len(spec.layers))
         self._evaluate(torch.arange(self.hosts, device=self.device))
 
     # ---- evaluation -----------------------------------------------------------------------------------------------

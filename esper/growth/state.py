@@ -136,10 +136,14 @@ class PopulationState:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores what `state_dict` returned.
+
+        Raises:
+            KeyError: a piece is missing; what was there before may be partly replaced.
+        """
         for name in self._STATE:
             value = state[name]
             setattr(self, name, [v.clone() for v in value] if isinstance(value, list) else value.clone())
         for part in ("lifecycle", "context", "statistics"):
-            for key, value in state[part].items():
-                setattr(getattr(self, part), key, value.clone())
+            for key in vars(getattr(self, part)):
+                setattr(getattr(self, part), key, state[part][key].clone())

@@ -74,6 +74,11 @@ class Statistics:
         self.contribution_age += 1
         self.contribution_known &= is_live(stage)
 
+    def revise_validation(self, hosts: Tensor, loss: Tensor, stage: Tensor) -> None:
+        """Replaces the newest validation loss of `hosts` [m], after seeds of theirs were removed (stage [N, S])."""
+        self.history[hosts, 0] = loss
+        self.contribution_known[hosts] &= is_live(stage[hosts])
+
     def record_validation(self, hosts: Tensor, loss: Tensor, lifecycle: Lifecycle) -> None:
         """Adds the validation loss [m] of `hosts` [m] and updates how each blueprint has fared."""
         self.history[hosts] = torch.cat([loss[:, None], self.history[hosts, :-1]], dim=1)

@@ -64,6 +64,8 @@ class Rollout:
             IndexError: the storage is full.
         """
         t = len(self.graphs)
+        if t == len(self.actions):
+            raise IndexError(f"the rollout holds {t} steps already")
         self.graphs.append(graph)
         # Copies: what the actor made under inference_mode must not reach the update.
         self.actions[t], self.log_probs[t], self.values[t] = actions, log_probs, values

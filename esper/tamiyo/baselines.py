@@ -56,7 +56,10 @@ class BaselinesConfig:
 
 
 class Controller(Protocol):
-    """Chooses one legal action for each of N hosts; `begin` starts N new episodes."""
+    """Chooses one legal action for each of N hosts; `begin` starts N new episodes.
+
+    The actions are on the device of the graph.
+    """
 
     def begin(self, hosts: int) -> None: ...
 
@@ -70,21 +73,21 @@ class Never:
         pass
 
     def act(self, graph: GraphBatch) -> Tensor:
-        return torch.full((len(graph),), WAIT)
+        return torch.full((len(graph),), WAIT, device=graph.device)
 
 
 class Random:
     """Uniform over the legal actions."""
 
     def __init__(self, seed: int):
-        self._seed = seed
-        self.begin(0)
+        self._generator = torch.Generator().manual_seed(seed)
 
     def begin(self, hosts: int) -> None:
-        self._generator = torch.Generator().manual_seed(self._seed)
+        pass
 
     def act(self, graph: GraphBatch) -> Tensor:
-        return torch.multinomial(graph.action_mask.float(), 1, generator=self._generator).squeeze(1)
+        weights = graph.action_mask.float().cpu()
+        return torch.multinomial(weights, 1, generator=self._generator).squeeze(1).to(graph.device)
 
 
 def _layout(graph: GraphBatch) -> ActionLayout:
@@ -93,7 +96,7 @@ def _layout(graph: GraphBatch) -> ActionLayout:
 
 def _first_legal(graph: GraphBatch, verb: Verb, choice: int) -> tuple[Tensor, Tensor]:
     """The legal action `verb(slot, choice)` with the smallest slot: (whether there is one, its number), each [N]."""
-    verbs, _, choices = _layout(graph).table()
+    verbs, _, choices = (column.to(graph.device) for column in _layout(graph).table())
     legal = graph.action_mask & (verbs == verb) & (choices == choice)
     return legal.any(1), legal.int().argmax(1)
 
@@ -116,7 +119,7 @@ class AllAtStart:
         pass
 
     def act(self, graph: GraphBatch) -> Tensor:
-        return _grow(graph, torch.ones(len(graph), dtype=torch.bool), self.config.blueprint, self.ramp)
+        return _grow(graph, graph.action_mask.any(1), self.config.blueprint, self.ramp)
 
 
 class Plateau:
@@ -134,9 +137,10 @@ class Plateau:
         # The observation scales the slope per epoch by 10.
         slope = feature[:, SCHEMA.feature("global", "slope")] / 10
         known = feature[:, SCHEMA.feature("global", "slope_known")] > 0
+        self._since = self._since.to(graph.device)
         when = known & (slope > self.config.slope) & (self._since >= self.config.patience)
         actions = _grow(graph, when, self.config.blueprint, self.ramp)
-        germinated = _layout(graph).table()[0][actions] == Verb.GERMINATE
+        germinated = _layout(graph).table()[0].to(graph.device)[actions] == Verb.GERMINATE
         self._since = (self._since + 1).masked_fill(germinated, 0)
         return actions
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ class SlowHost:
         spec, at = self.population.spec, 0
         widths = [spec.inputs] + [spec.width] * spec.stages + [spec.classes]
         layers = nn.ModuleList()
-        for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        for fan_in, fan_out in pairwise(widths):
             layer = nn.Linear(fan_in, fan_out)
             with torch.no_grad():
                 layer.weight.copy_(flat[at : at + fan_in * fan_out].view(fan_in, fan_out).T)
@@ -96,10 +97,8 @@ class SlowHost:
         for slot in range(len(self.body) - 1):
             h = self.body[slot](h).relu()
             inputs.append(h)
-            if alphas[slot] > 0:
-                h = h + alphas[slot] * self.seeds[slot](h)
-            else:
-                h = h * 1  # a tensor of its own, whose gradient a seed in TRAINING learns from
+            # `h * 1` is a tensor of its own, whose gradient a seed in TRAINING learns from.
+            h = h + alphas[slot] * self.seeds[slot](h) if alphas[slot] > 0 else h * 1
             outputs.append(h)
         return self.body[-1](h), inputs, outputs
 

@@ -82,7 +82,7 @@ def test_legal_over_a_grid_of_stages(event):
 def test_one_refused_slot_stops_the_others():
     life = of("HOLDING", "TRAINING", "BLENDING")
     before = snapshot(life)
-    with pytest.raises(ValueError, match="FOSSILIZE is not legal in stage TRAINING .host 0, slot 1."):
+    with pytest.raises(ValueError, match=r"FOSSILIZE is not legal in stage TRAINING \(host 0, slot 1\)"):
         life.fire(Event.FOSSILIZE, torch.tensor([[True, True, False]]))
     assert same(life, before)
 

@@ -70,9 +70,7 @@ class Naive:
         )
         f["log_learning_rate"] = math.log10(float(p.context.learning_rate[self.k])) + 2.5
         f["log_train_size"] = math.log10(int(p.context.train_size[self.k])) - 2.5
-        kept = sum(
-            HIDDEN[self.kind[i]] for i in range(self.slots) if self.stage[i] in ("HOLDING", "FOSSILIZED")
-        )
+        kept = sum(HIDDEN[self.kind[i]] for i in range(self.slots) if self.stage[i] in ("HOLDING", "FOSSILIZED"))
         f["log_parameter_growth"] = math.log((sum(self.sizes) + kept) / sum(self.sizes))
         f["extra_flops_ratio"] = float(p.extra_flops[self.k]) / (self.horizon * self.flops)
         f["live_fraction"] = sum(s in LIVE for s in self.stage) / self.slots
@@ -86,7 +84,9 @@ class Naive:
             f["log_width_in"], f["log_width_out"] = math.log(a, 64), math.log(b, 64)
             f["log_parameters"] = math.log(self.sizes[i], 1000)
             f["weight_rms"] = self.s("layer_weight_rms", i)
-            self.optional(f, "log_gradient_rms", self.trained, lambda i=i: (log(self.s("layer_gradient_rms", i)) + 5) / 2)
+            self.optional(
+                f, "log_gradient_rms", self.trained, lambda i=i: (log(self.s("layer_gradient_rms", i)) + 5) / 2
+            )
             self.optional(
                 f,
                 "log_update_ratio",
@@ -122,9 +122,7 @@ class Naive:
             live = self.stage[i] in LIVE
             f["alpha"], f["epochs_in_stage"] = self.alpha[i], self.done[i] / self.horizon
             driven = live and int(self.p.seed_steps[self.k, i]) > 0
-            self.optional(
-                f, "log_seed_gradient_rms", driven, lambda i=i: (log(self.s("seed_gradient_rms", i)) + 5) / 2
-            )
+            self.optional(f, "log_seed_gradient_rms", driven, lambda i=i: (log(self.s("seed_gradient_rms", i)) + 5) / 2)
             known = bool(self.p.statistics.contribution_known[self.k, i])
             self.optional(f, "contribution", known, lambda i=i: self.s("contribution", i))
             f["contribution_age"] = self.s("contribution_age", i) / self.horizon if known else 0.0
@@ -200,7 +198,9 @@ def assert_is_naive(graph, population, hosts, horizon=HORIZON):
             names = SCHEMA.nodes[node]
             assert all(set(row) == set(names) for row in rows), node
             expected = torch.tensor([[clip(row[name]) for name in names] for row in rows])
-            torch.testing.assert_close(graph.x[node][k], expected, rtol=1e-4, atol=2e-5, msg=lambda m, n=node: f"{n} {m}")
+            torch.testing.assert_close(
+                graph.x[node][k], expected, rtol=1e-4, atol=2e-5, msg=lambda m, n=node: f"{n}: {m}"
+            )
             assert graph.node_mask[node][k].tolist() == [True] * len(rows)
         for relation, rows in naive.edges().items():
             edges = graph.edges[relation]

@@ -36,7 +36,7 @@ def make_learner(make_policy: Callable[..., Tamiyo]) -> Callable[..., Simic]:
     """`make_learner(seed, **settings)`: a learner on a policy that does not depend on `seed`."""
 
     def make(seed: int = 0, **settings: Any) -> Simic:
-        return Simic(make_policy(), PPOConfig(**{"epochs": 2, "minibatches": 3, **settings}), seed)
+        return Simic(make_policy(), PPOConfig(**{"epochs": 2, "minibatches": 2, **settings}), seed)
 
     return make
 

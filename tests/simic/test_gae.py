@@ -30,7 +30,7 @@ def one(
     return advantages[:, 0].tolist()
 
 
-# ---- by hand ---------------------------------------------------------------------------------------------------------
+# ---- by hand --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_final_values_are_read_only_where_truncated() -> None:
     assert one(terminated=[False, True, False], final=float("nan")) == one(terminated=[False, True, False])
 
 
-# ---- by the definition -----------------------------------------------------------------------------------------------
+# ---- by the definition ----------------------------------------------------------------------------------------------
 
 
 def random_rollout(seed: int, steps: int = 7, hosts: int = 3, ends: float = 0.4) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def definition(r: dict[str, Any], gamma: float, lam: float) -> Tensor:
 def test_the_definition(seed: int, gamma: float, lam: float, ends: float) -> None:
     rollout = random_rollout(seed, ends=ends)
     advantages, returns = gae(**rollout, gamma=gamma, lam=lam)
-    torch.testing.assert_close(advantages, definition(rollout, gamma, lam))
+    torch.testing.assert_close(advantages, definition(rollout, gamma, lam), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(returns, advantages + rollout["values"])
 
 
@@ -161,7 +161,7 @@ def test_without_discount_and_lambda_it_is_monte_carlo(seed: int) -> None:
     torch.testing.assert_close(returns, expected)
 
 
-# ---- boundaries ------------------------------------------------------------------------------------------------------
+# ---- boundaries -----------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=40)

@@ -2,10 +2,24 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from esper.growth.blueprints.registry import Blueprint, ParameterSpec, register
 
 EXPANSION = 2
+
+
+_LANES = 64
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    """Sigmoid whose value for one element does not depend on how many others stand beside it.
+
+    Elementwise kernels compute the last elements, those that do not fill a SIMD vector, with another exponential, so
+    that the last host of a batch would round differently from the others.
+    """
+    count = x.numel()
+    return functional.pad(x.flatten(), (0, -count % _LANES)).sigmoid()[:count].view_as(x)
 
 
 @register("glu")
@@ -27,7 +41,7 @@ class GLU(Blueprint):
         }
 
     def delta(self, p: dict[str, Tensor], h: Tensor) -> Tensor:
-        gate = torch.baddbmm(p["b2"], h, p["w2"]).sigmoid()
+        gate = _sigmoid(torch.baddbmm(p["b2"], h, p["w2"]))
         return torch.baddbmm(p["b3"], torch.baddbmm(p["b1"], h, p["w1"]) * gate, p["w3"])
 
     def flops(self, width: int) -> int:
