@@ -23,6 +23,7 @@ from esper.simic.learner import Simic
 from esper.simic.rollout import Rollout
 from esper.tamiyo.actor import Actor
 from esper.tamiyo.policy import Tamiyo
+from trainers import evaluation
 from trainers.config import TrainConfig
 from trainers.progress import Reporter
 
@@ -87,7 +88,6 @@ class Trainer:
         self.actor.warm_up(self.graph)
         try:
             with self._signals(), Reporter("training", total, "steps", self.step) as reporter:
-                saved = self.iteration if resumed_at is not None else -1
                 while self.step < total:
                     scalars = self._iterate()
                     with self._files_guarded("write the logs"):
@@ -96,9 +96,7 @@ class Trainer:
                     last = self.step >= total
                     if last or self._signal or self.iteration % self.config.checkpoint.every == 0:
                         self.save()
-                        saved = self.iteration
                     if self._signal and not last:
-                        assert saved == self.iteration
                         name = signal.Signals(self._signal).name
                         raise Preempted(
                             f"stopped by {name} after {self.step:,} steps; checkpoint saved. "
@@ -120,9 +118,9 @@ class Trainer:
         updated = time.perf_counter()
         self.step += self.steps_per_iteration
         self.iteration += 1
-        scalars = {name: _mean([episode[key] for episode in self.window]) for name, key in _EPISODE_SCALARS.items()}
-        if not self.window:
-            scalars = {}
+        scalars = {}
+        if self.window:
+            scalars = {name: _mean([episode[key] for episode in self.window]) for name, key in _EPISODE_SCALARS.items()}
         named = ("approx_kl", "clip_fraction", "entropy_loss", "explained_variance", "learning_rate", "loss")
         scalars |= {f"train/{name}": metrics[name] for name in (*named, "policy_gradient_loss", "value_loss")}
         return scalars | {
@@ -157,6 +155,22 @@ class Trainer:
         columns = {key: episodes[key].tolist() for key in _EPISODE_SCALARS.values()}
         for values in zip(*columns.values(), strict=True):
             self.window.append(dict(zip(columns, map(float, values), strict=True)))
+
+    def evaluate(self) -> dict[str, Any]:
+        """Compares the policy with the baselines on held-out instances; writes `eval/` and the `eval/` scalars.
+
+        Raises:
+            TrainingError: files could not be written.
+        """
+        newest = str(checkpoint.found(self.run_dir)[0])
+        config = self.config
+        report = evaluation.evaluate(self.policy, config.env, config.evaluation, config.runtime.device, newest)
+        with self._files_guarded("write the evaluation"):
+            evaluation.write(report, self.run_dir / "eval")
+            telemetry = Telemetry(self.run_dir, self.step)
+            telemetry.log(self.step, {f"eval/{name}": row["iqm"] for name, row in report["controllers"].items()})
+            telemetry.close()
+        return report
 
     # ---- signals and files ----------------------------------------------------------------------------------------
 

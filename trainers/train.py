@@ -75,15 +75,7 @@ def _main(given: DictConfig) -> None:
             return
     trainer.run()
     if settings.evaluation.episodes:
-        report = evaluation.evaluate(
-            trainer.policy,
-            settings.env,
-            settings.evaluation,
-            settings.runtime.device,
-            str(checkpoint.found(run_dir)[0]),
-        )
-        evaluation.write(report, run_dir / "eval")
-        console.print(evaluation.table(report))
+        console.print(evaluation.table(trainer.evaluate()))
     for line in (
         f"run directory:    {run_dir}",
         f"train longer:     python -m trainers.train resume={run_dir} ppo.total_steps={2 * settings.ppo.total_steps}",

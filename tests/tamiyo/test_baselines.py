@@ -72,13 +72,13 @@ def test_good_settings_pass() -> None:
     BaselinesConfig(8, AllAtStartConfig(0), PlateauConfig(3)).validate(4, "here")
 
 
-@pytest.mark.parametrize("name", ["all_at_start", "plateau"])
+@pytest.mark.parametrize("name", ["never", "all_at_start", "plateau"])
 def test_actions_are_chosen_on_the_device_of_the_graph(make_env: Envs, name: str) -> None:
     # "meta" stands for any device but the CPU: mixing the two is an error there as well.
     graph = make_env(2).reset(torch.arange(2)).to("meta")
     controller = baselines.make(name, BaselinesConfig(), 0)
     controller.begin(2)
-    controller.act(graph)
+    assert controller.act(graph).device.type == "meta"
 
 
 # ---- never -----------------------------------------------------------------------------------------------------------

@@ -105,7 +105,11 @@ def test_run_directory_and_closing_lines(run_train):
     assert f"resume={run}" in result.out
     assert f"tensorboard --logdir {run / 'tb'}" in result.out
     assert "ETA" in result.out
-    assert set(json.loads((run / "eval/report.json").read_text())["controllers"]) == {"tamiyo", "never", "random"}
+    controllers = json.loads((run / "eval/report.json").read_text())["controllers"]
+    assert set(controllers) == {"tamiyo", "never", "random"}
+    for name, row in controllers.items():
+        (point,) = events(run).Scalars(f"eval/{name}")
+        assert (point.step, point.value) == (96, pytest.approx(row["iqm"]))
 
 
 def test_same_seed_same_bits_and_other_seed_other_run(run_train):
