@@ -40,7 +40,11 @@ class EpochRun:
         self.learning_rate = p.context.learning_rate[torch.cat(everyone)].double()
         self.steps = torch.cat([p.steps] + [p.seed_steps[hosts, slot] for slot, _, hosts in self.groups])
         self.alpha = [p.lifecycle.alpha[hosts, slot].view(-1, 1, 1) for slot, _, hosts in self.groups]
-        self.isolated = [(stage[hosts, slot] == Stage.TRAINING).view(-1, 1, 1) for slot, _, hosts in self.groups]
+        # bool [m, 1, 1] per group, or None where no seed of it is in TRAINING
+        self.isolated: list[Tensor | None] = []
+        for slot, _, hosts in self.groups:
+            isolated = stage[hosts, slot] == Stage.TRAINING
+            self.isolated.append(isolated.view(-1, 1, 1) if isolated.any() else None)
         self.backward_rms = torch.zeros(p.hosts, p.slots, device=p.device)
         self.taken = 0
 
@@ -64,12 +68,16 @@ class EpochRun:
             for group, (at, blueprint, hosts) in enumerate(self.groups):
                 if at != slot:
                     continue
+                isolated = self.isolated[group]
                 source = h.index_select(0, hosts)
                 # In TRAINING the seed learns on a detached input by a straight-through gradient: `delta - delta` is
                 # exactly 0, so that the host trains as if the seed were not there.
-                source = torch.where(self.isolated[group], source.detach(), source)
+                if isolated is not None:
+                    source = torch.where(isolated, source.detach(), source)
                 delta = p.catalogue[blueprint].delta(seeds[group], source)
-                through = torch.where(self.isolated[group], delta - delta.detach(), self.alpha[group] * delta)
+                through = self.alpha[group] * delta
+                if isolated is not None:
+                    through = torch.where(isolated, delta - delta.detach(), through)
                 grafted = grafted.index_add(0, hosts, through)
             return grafted
 

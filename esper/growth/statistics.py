@@ -103,13 +103,15 @@ def activation_statistics(h: Tensor) -> Tensor:
     centred = h - mean
     covariance = centred.transpose(2, 3) @ centred / h.shape[2]
     trace = covariance.diagonal(dim1=2, dim2=3).sum(-1)
+    # Total variance: within the units, from the trace, plus between their means.
+    std = (trace / h.shape[3] + mean.squeeze(2).var(-1, correction=0)).sqrt()
     rank = trace.square() / covariance.square().sum((2, 3)).clamp(min=1e-12) / h.shape[3]
     return torch.stack(
         [
             off.all(2).float().mean(-1),
             off.float().mean((2, 3)),
             mean.mean((2, 3)),
-            h.std((2, 3), correction=0),
+            std,
             rank,
         ],
         dim=-1,

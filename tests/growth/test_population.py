@@ -23,9 +23,8 @@ def hold(toy, p, host, slot, kind, seed=0):
     row = p.seed_theta[kind][host, slot]
     p.seed_theta[kind][host, slot] = row + 0.3 * torch.randn(row.shape, generator=g)
     p.lifecycle.blend(toy.at(p, host, slot), 1)
-    p.lifecycle.begin_epoch()
-    p.lifecycle.end_epoch(p.lifecycle_spec)
-    assert p.lifecycle.stage[host, slot] == Stage.HOLDING
+    p.lifecycle.fire(Event.RAMPED, toy.at(p, host, slot))
+    p.lifecycle.alpha[host, slot] = 1.0
 
 
 # ---- neighbours ---------------------------------------------------------------------------------------------------
@@ -83,6 +82,14 @@ def test_train_loss_is_bitwise_the_same_alone_with_many_steps(toy):
         alone = toy.population([key], steps=10)
         alone.train_epoch()
         assert torch.equal(alone.statistics.train_loss[0], together.statistics.train_loss[row])
+
+
+def test_training_needs_no_gradient_mode_of_the_caller(toy):
+    usual, without = toy.population(KEYS[:2]), toy.population(KEYS[:2])
+    toy.walk(usual, KEYS[:2], 4)
+    with torch.no_grad():
+        toy.walk(without, KEYS[:2], 4)
+    assert toy.differences(usual.state_dict(), without.state_dict()) == []
 
 
 def test_unobserved_hosts_train_as_observed_ones(toy, eight):
