@@ -11,7 +11,7 @@ from esper.runtime.errors import ConfigError, check_positive
 class PPOConfig:
     """Proximal policy optimisation (Schulman et al., arXiv 1707.06347)."""
 
-    total_steps: int = 80_000  # environment steps, rounded up to whole iterations
+    total_steps: int = 64_000  # environment steps, rounded up to whole iterations
     num_steps: int = 40  # steps of each environment per iteration
     epochs: int = 4  # passes over an iteration's transitions
     minibatches: int = 4  # per pass
