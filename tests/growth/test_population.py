@@ -306,6 +306,18 @@ def test_absent_seeds_cost_nothing_and_have_no_influence(toy):
     assert torch.equal(p.seed_theta[LOW_RANK][1, 0], clean.seed_theta[LOW_RANK][1, 0])
 
 
+def test_a_seed_in_training_takes_no_part_in_evaluation(toy):
+    p = twins(toy, 2)
+    for host in range(2):
+        hold(toy, p, host, 2, NORM)
+        p.seed_theta[NORM][host, 2] = torch.linspace(0.5, 2, 8)
+    toy.plant(p, 0, 1, MLP)
+    p.seed_theta[MLP][0, 1] = float("nan")  # which 0 * delta would not hide
+    p._evaluate(torch.arange(2))
+    assert torch.equal(p.validation_loss[0], p.validation_loss[1])
+    assert torch.equal(p.statistics.contribution[0], p.statistics.contribution[1])
+
+
 def test_a_seed_culled_out_of_training_leaves_no_trace_but_its_flops(toy):
     p = twins(toy, 3)
     toy.plant(p, 0, 1, MLP)

@@ -54,6 +54,12 @@ def values(arguments: tuple[str, ...]) -> list[str]:
 
 
 @pytest.fixture
+def tiny() -> list[str]:
+    """Overrides that make a run of three iterations and a few seconds."""
+    return TINY
+
+
+@pytest.fixture
 def run_train(tmp_path, monkeypatch, capsys) -> Command:
     """`run_train(*overrides)`: a tiny run in an empty working directory."""
     monkeypatch.chdir(tmp_path)

@@ -1,9 +1,12 @@
+import ctypes
 import errno
 import json
 import math
 import os
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -249,6 +252,32 @@ def test_output_directory_that_cannot_be_made(run_train, tmp_path):
     assert (result.code, len(result.err.splitlines())) == (2, 1)
     assert "file" in result.err
     assert "output_dir" in result.err
+
+
+def obey_permissions() -> None:
+    """Takes from root the right to write where the permissions forbid it (Linux's CAP_DAC_OVERRIDE)."""
+    if os.geteuid() == 0:
+        drop_from_bounding_set, dac_override = 24, 1
+        ctypes.CDLL(None).prctl(drop_from_bounding_set, dac_override, 0, 0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="root ignores permissions; only Linux can make it obey")
+def test_read_only_output_directory(tmp_path, tiny):
+    folder = tmp_path / "runs"
+    folder.mkdir(mode=0o555)
+    done = subprocess.run(
+        [sys.executable, "-m", "trainers.train", *tiny, f"output_dir={folder}"],
+        capture_output=True,
+        text=True,
+        preexec_fn=obey_permissions,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"error: {folder}/segment: Permission denied; choose another output_dir, or mend the path"
+    ]
+    assert not list(folder.iterdir())
 
 
 def test_full_disk_while_saving_keeps_the_earlier_checkpoint(run_train, monkeypatch):
