@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from envs import tasks
 from esper.growth import blueprints
@@ -103,7 +104,11 @@ def load_config(name: str, **overrides: Any) -> EnvConfig:
     if name not in names:
         raise ConfigError(f"env={name}: no such environment; choose one of {', '.join(names)}")
     values = OmegaConf.create((folder / f"{name}.yaml").read_text())
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EnvConfig), values, overrides))
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EnvConfig), values, overrides))
+    except OmegaConfBaseException as error:
+        key, reason = error.full_key, str(error).splitlines()[0]
+        raise ConfigError(f"env {name}: {key}: {reason}; the keys are those of conf/env/{name}.yaml") from error
     assert isinstance(config, EnvConfig)
     config.validate()
     return config

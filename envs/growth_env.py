@@ -6,6 +6,7 @@ The Gymnasium faces of it are in `envs.gym_env`.
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from esper.runtime import seeding
 SPLITS = ("train", "heldout")
 """Instances (init, data order, data subset, noise, learning rate) of the two splits never coincide."""
 
-_EPISODE, _CONTEXT = 1, 2
+# Salts of the streams of a key; those of esper.growth.population are other numbers.
+_EPISODE, _CONTEXT = 101, 102
 
 
 class GrowthEnv:
@@ -65,7 +67,7 @@ class GrowthEnv:
         self.layout = ActionLayout(self.population.slots, len(config.blueprints))
         self.device = self.population.device
         self._observer = Observer(self.population, config.epochs)
-        self.graph_build_s: list[float] = []  # wall time of each observation since somebody last emptied the list
+        self.graph_build_s: deque[float] = deque(maxlen=1024)  # wall time of the latest observations
         largest = max(blueprint.parameter_count(config.host.width) for blueprint in self.population.catalogue)
         self._most_parameters = largest * self.population.slots
         self._seeds = torch.arange(num_envs, device=self.device)
@@ -122,8 +124,10 @@ class GrowthEnv:
                 `episodes`, a dict of tensors over the m environments that ended (see `_summary`).
 
         Raises:
-            ValueError: an illegal action; nothing is changed then.
+            ValueError: an illegal action, or not one for each environment; nothing is changed then.
         """
+        if actions.shape != (self.num_envs,):
+            raise ValueError(f"actions of shape {tuple(actions.shape)} for {self.num_envs} environments")
         verbs = self.layout.execute(self.population, actions.to(self.device))
         self._counts += torch.nn.functional.one_hot(verbs, len(Verb))
         self.population.train_epoch()

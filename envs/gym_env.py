@@ -108,6 +108,8 @@ class VectorGrowthEnv(gymnasium.vector.VectorEnv):
         Raises:
             ValueError: a list of another length than num_envs.
         """
+        if isinstance(seed, np.integer):
+            seed = int(seed)
         super().reset(seed=seed if isinstance(seed, int) else None)
         if seed is None and not self._seeded:
             seed = int(self.np_random.integers(2**31))

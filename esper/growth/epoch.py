@@ -71,13 +71,13 @@ class EpochRun:
                 isolated = self.isolated[group]
                 source = h.index_select(0, hosts)
                 # In TRAINING the seed learns on a detached input by a straight-through gradient: `delta - delta` is
-                # exactly 0, so that the host trains as if the seed were not there.
+                # exactly 0, so that the host trains as if the seed were not there (also where it has overflowed).
                 if isolated is not None:
                     source = torch.where(isolated, source.detach(), source)
                 delta = p.catalogue[blueprint].delta(seeds[group], source)
                 through = self.alpha[group] * delta
                 if isolated is not None:
-                    through = torch.where(isolated, delta - delta.detach(), through)
+                    through = torch.where(isolated, (delta - delta.detach()).nan_to_num(0.0), through)
                 grafted = grafted.index_add(0, hosts, through)
             return grafted
 

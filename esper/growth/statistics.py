@@ -85,7 +85,6 @@ class Statistics:
         self.history_length[hosts] += 1
         blueprints = torch.arange(self.fared.shape[1], device=loss.device)
         lives = lifecycle.blueprint[hosts][:, :, None] == blueprints  # [m, S, K]
-        lives &= is_live(lifecycle.stage[hosts])[:, :, None]
         count = lives.sum(1)
         change = ((loss[:, None] - self.germination_loss[hosts])[:, :, None] * lives).sum(1) / count.clamp(min=1)
         self.fared[hosts] = torch.where(count > 0, change, self.fared[hosts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ class Actor:
         deterministic: take the most probable action instead of sampling.
 
     Attributes:
-        latencies_ms: wall time of each call since the trainer last emptied the list.
+        latencies_ms: wall time of the latest calls.
         warm_ms: wall time of the warm-up, 0 before it.
     """
 
@@ -43,7 +44,7 @@ class Actor:
         self.policy, self.deterministic = policy, deterministic
         self.generator = torch.Generator(device=next(policy.parameters()).device)
         self.generator.manual_seed(seed)
-        self.latencies_ms: list[float] = []
+        self.latencies_ms: deque[float] = deque(maxlen=1024)
         self.warm_ms = 0.0
 
     @torch.inference_mode()
