@@ -60,7 +60,7 @@ def run(entry: Callable[[], None], schema: type) -> int:
         hint = "choose another output_dir, or mend the path"
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}; {hint}", ConfigError.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted before training began; nothing to save", 130)
+        return _fail("interrupted; checkpoints that were saved before are kept", 130)
     return 0
 
 
