@@ -4,7 +4,8 @@
 
 Writes scripts/results/NAME.json: per seed the learning curve, every held-out score of Tamiyo and of the baselines, and
 the wall time; and over the seeds, Tamiyo's mean held-out return with a 95 % bootstrap interval that resamples runs.
-A seed that is in the file already, with the same overrides, is not run again.
+Runs go to OUTPUT_DIR/NAME/seed_N. A seed that is in the file already with the same overrides, or whose run is finished,
+is not run again.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
+from omegaconf import OmegaConf
 from scipy import stats
 
 import esper
@@ -25,25 +27,38 @@ from esper.runtime.telemetry import METRICS_FILE
 
 RESULTS = Path(__file__).parent / "results"
 RESAMPLES = 5000
+RETURN = "rollout/ep_rew_mean"
+
+
+def _settings(run: Path) -> list[str]:
+    """The command line of a run, without where it went."""
+    given = OmegaConf.load(run / ".hydra" / "overrides.yaml")
+    return [override for override in given if not override.startswith("output_dir=")]
 
 
 def train(seed: int, overrides: list[str], output_dir: Path) -> dict:
-    """One run in a process of its own; its curve, scores and wall time."""
-    command = [sys.executable, "-m", "trainers.train", f"seed={seed}", f"output_dir={output_dir}", *overrides]
-    start = time.time()
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"seed {seed} ended with exit code {done.returncode}: {done.stderr.strip()}")
-    seconds = time.time() - start
-    line = next(line for line in done.stdout.splitlines() if line.startswith("run directory:"))
-    run = Path(line.split(maxsplit=2)[2])
+    """One run in a process of its own, unless a finished one is there; its curve, scores and wall time."""
+    settings = [f"seed={seed}", *overrides]
+
+    def finished() -> list[Path]:
+        runs = [path.parents[1] for path in sorted(output_dir.glob("*/*/eval/report.json"))]
+        return [run for run in runs if settings == _settings(run)]
+
+    if not finished():
+        command = [sys.executable, "-m", "trainers.train", f"output_dir={output_dir}", *settings]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"seed {seed} ended with exit code {done.returncode}: {done.stderr.strip()}")
+    run = finished()[-1]
+    file = run / "eval" / "report.json"
+    report = json.loads(file.read_text())
     lines = [json.loads(text) for text in (run / METRICS_FILE).read_text().splitlines()]
-    report = json.loads((run / "eval" / "report.json").read_text())
+    seconds = file.stat().st_mtime - (run / ".hydra" / "config.yaml").stat().st_mtime
     return {
         "wall_s": round(seconds, 1),
         "environment": report["environment"],
         "episodes": report["episodes"],
-        "curve": [[entry["step"], round(entry["rollout/ep_rew_mean"], 5)] for entry in lines],
+        "curve": [[line["step"], round(line[RETURN], 5)] for line in lines if RETURN in line],
         "controllers": {
             name: {key: row[key] for key in ("iqm", "interval", "mean", "params_ratio", "scores")}
             for name, row in report["controllers"].items()
@@ -97,8 +112,11 @@ def main() -> None:
     missing = [seed for seed in arguments.seeds if str(seed) not in result["seeds"]]
     start = time.time()
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        runs = {pool.submit(train, seed, arguments.overrides, arguments.output_dir): seed for seed in missing}
+        folder = arguments.output_dir / arguments.name
+        runs = {pool.submit(train, seed, arguments.overrides, folder / f"seed_{seed}"): seed for seed in missing}
         for number, future in enumerate(as_completed(runs), start=1):
+            if future.exception():
+                pool.shutdown(cancel_futures=True)
             result["seeds"][str(runs[future])] = future.result()
             result["seeds"] = dict(sorted(result["seeds"].items(), key=lambda item: int(item[0])))
             result["summary"] = summarise(result["seeds"])
