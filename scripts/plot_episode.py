@@ -19,6 +19,7 @@ from esper.tamiyo.loading import load_state, policy_of
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = {
     Stage.TRAINING: "#9ecae1",
@@ -85,6 +86,7 @@ def main() -> None:
     below.set(
         xlabel="epoch", ylabel="slot", yticks=range(slots), ylim=(-0.5, slots - 0.5), xlim=(-0.6, len(epochs) - 0.4)
     )
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
     patches = [Patch(color=colour, label=stage.name.lower()) for stage, colour in COLOURS.items()]
     below.legend(handles=patches, fontsize=7, ncols=len(patches), loc="upper center", bbox_to_anchor=(0.5, -0.28))
     arguments.out.parent.mkdir(exist_ok=True)

@@ -46,7 +46,7 @@ def main() -> None:
     for name, value in held_out.items():
         if name != "tamiyo":
             axes.axhline(
-                value, color=COLOURS.get(name), linewidth=1, linestyle="--", label=f"{name} on the same instances"
+                value, color=COLOURS.get(name), linewidth=1, linestyle="--", label=f"{name} on held-out instances"
             )
     axes.set(
         xlabel="environment steps (training epochs of hosts)",
