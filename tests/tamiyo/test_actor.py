@@ -151,6 +151,7 @@ def test_a_rollout_of_decisions_can_be_backpropagated_through(small_policy: Poli
         cut = torch.ones(6, dtype=torch.bool)
         rollout.add(graph, *actor(graph), torch.ones(6), ~cut, cut, actor.value(graph))
     rollout.finish(actor.value(graph), 0.9, 0.9)
+    assert not any(value.is_inference() for value in vars(rollout).values() if isinstance(value, Tensor))
     for batch in rollout.minibatches(2, torch.Generator().manual_seed(0)):
         parts = [batch.actions, batch.log_probs, batch.values, batch.advantages, batch.returns]
         assert not any(part.is_inference() or part.requires_grad for part in [*parts, *batch.graph.to_dict().values()])

@@ -262,6 +262,24 @@ def test_every_parameter_has_a_gradient(small_policy: Policies, random_graph: Ca
     assert without == []
 
 
+@pytest.mark.parametrize("output", ["logits", "values"])
+def test_each_output_alone_teaches_the_encoder(
+    small_policy: Policies, random_graph: Callable[..., GraphBatch], output: str
+) -> None:
+    policy = small_policy()
+    logits, values = policy(random_graph(4, dict.fromkeys(SCHEMA.nodes, 3), 0.7))
+    loss = values if output == "values" else logits
+    (loss * torch.randn(loss.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+    taught = {name for name, parameter in policy.named_parameters() if parameter.grad is not None}
+    heads = {name for name in dict(policy.named_parameters()) if not name.startswith("encoder.")}
+    critic = {name for name in heads if name.startswith("value.")}
+    assert taught & heads == (critic if output == "values" else heads - critic)
+    for node in SCHEMA.nodes:
+        grad = policy.encoder.inputs[node][0].weight.grad
+        assert grad is not None, node
+        assert grad.any(), node
+
+
 def test_on_a_real_host_only_attention_over_single_edges_has_none(small_policy: Policies, observe: Observe) -> None:
     graph = observe(4, 6)
     single = [
