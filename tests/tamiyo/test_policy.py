@@ -158,6 +158,22 @@ def test_one_set_of_weights_runs_on_any_host(
 
 
 @torch.no_grad()
+def test_a_batch_of_no_graphs_has_no_decisions(small_policy: Policies, observe: Observe) -> None:
+    graph = observe(2)
+    logits, values = small_policy()(graph[0:0])
+    assert logits.shape == (0, layout_of(graph).size)
+    assert values.shape == (0,)
+
+
+@torch.no_grad()
+def test_a_host_may_have_no_blueprint_to_offer(small_policy: Policies, random_graph: Callable[..., GraphBatch]) -> None:
+    sizes = {**dict.fromkeys(SCHEMA.nodes, 2), "blueprint": 0}
+    logits, _ = small_policy()(random_graph(3, sizes))
+    assert logits.shape == (3, 1 + 2 * (len(RAMPS) + 2))
+    assert logits.isfinite().all()
+
+
+@torch.no_grad()
 def test_each_head_writes_to_its_own_actions(small_policy: Policies, observe: Observe) -> None:
     policy, graph = small_policy(), observe(2, blueprints=["mlp", "glu"])
     biases = {"wait": [1.0], "germinate": [2.0], "tend": [3.0, 4.0, 5.0, 6.0, 7.0, 8.0]}
