@@ -175,6 +175,6 @@ class GraphBatch:
 
 def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Stacks tensors of unequal length with zeros behind; returns them and the mask of what is real."""
-    length = torch.tensor([len(row) for row in rows])
+    length = torch.tensor([len(row) for row in rows], device=rows[0].device)
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return padded, torch.arange(padded.shape[1]) < length[:, None]
+    return padded, torch.arange(padded.shape[1], device=length.device) < length[:, None]

@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         for depth, (layer, skip) in enumerate(zip(self.layers, self.skips, strict=True)):
             out = layer(x, index) if depth < SAGE_LAYERS else layer(x, index, edge_attr_dict=attr)
             x = {node: skip.get_submodule(node)(x[node]) + F.gelu(value) for node, value in out.items()}
-        return {node: x[node].view(len(graph), -1, x[node].shape[-1]) for node in self.read}
+        return {node: x[node].view(*graph.x[node].shape[:2], x[node].shape[-1]) for node in self.read}
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
