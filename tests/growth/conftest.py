@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from esper.growth.actions import ActionLayout
 from esper.growth.host import HostSpec
-from esper.growth.lifecycle import LifecycleSpec, Stage
+from esper.growth.lifecycle import Event, LifecycleSpec, Stage
 from esper.growth.population import Population
 from esper.growth.state import Context, Data, TrainingSpec
 
@@ -238,6 +238,17 @@ class Toy:
             return {path: state}
         items = state.items() if isinstance(state, dict) else enumerate(state)
         return {k: v for key, value in items for k, v in Toy.leaves(value, f"{path}/{key}").items()}
+
+    @classmethod
+    def hold(cls, p, host, slot, kind, seed=0):
+        """A seed in HOLDING with random parameters, also where a blueprint starts at zeros or ones."""
+        cls.plant(p, host, slot, kind)
+        g = torch.Generator().manual_seed(100 * host + 10 * slot + kind + seed)
+        row = p.seed_theta[kind][host, slot]
+        p.seed_theta[kind][host, slot] = row + 0.3 * torch.randn(row.shape, generator=g)
+        p.lifecycle.blend(cls.at(p, host, slot), 1)
+        p.lifecycle.fire(Event.RAMPED, cls.at(p, host, slot))
+        p.lifecycle.alpha[host, slot] = 1.0
 
     @classmethod
     def differences(cls, a: object, b: object, rows: tuple[int, int] | None = None) -> list[str]:

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from esper.growth.epoch import EpochRun
 from esper.growth.lifecycle import Event, Stage
-from esper.growth.state import Context, Data
+from esper.growth.state import Context
 
 MLP, GLU, LOW_RANK, NORM = range(4)
 KEYS = [11, 12, 13, 14, 15, 16, 17, 18]
@@ -14,17 +14,6 @@ GRADIENT = 10.0  # Adam's first moment after one step is (1 - 0.9) * gradient
 
 def close(a, b, rtol=1e-4, atol=2e-6):
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
-
-
-def hold(toy, p, host, slot, kind, seed=0):
-    """A seed in HOLDING with random parameters, also where a blueprint starts at zeros or ones."""
-    toy.plant(p, host, slot, kind)
-    g = torch.Generator().manual_seed(100 * host + 10 * slot + kind + seed)
-    row = p.seed_theta[kind][host, slot]
-    p.seed_theta[kind][host, slot] = row + 0.3 * torch.randn(row.shape, generator=g)
-    p.lifecycle.blend(toy.at(p, host, slot), 1)
-    p.lifecycle.fire(Event.RAMPED, toy.at(p, host, slot))
-    p.lifecycle.alpha[host, slot] = 1.0
 
 
 # ---- neighbours ---------------------------------------------------------------------------------------------------
@@ -61,7 +50,7 @@ def test_a_lone_glu_is_bitwise_the_same_with_an_odd_batch(toy):
     together, alone = toy.population(KEYS[:5], width=3, batch=7), toy.population(KEYS[:1], width=3, batch=7)
     for p in (together, alone):
         for host in range(p.hosts):
-            hold(toy, p, host, 0, GLU)
+            toy.hold(p, host, 0, GLU)
         for _ in range(4):
             p.train_epoch()
     assert toy.differences(alone.state_dict(), together.state_dict(), (0, 0)) == []
@@ -198,7 +187,7 @@ def test_grown_hosts_are_those_of_a_loop_over_hosts(toy, tag):
 
 def test_a_holding_mlp_trains_as_in_torch(toy):
     p = toy.population(KEYS[:2], steps=20)
-    hold(toy, p, 0, 1, MLP)
+    toy.hold(p, 0, 1, MLP)
     slow = toy.SlowHost(p, 0)
     slow.epoch()
     p.train_epoch()
@@ -208,7 +197,7 @@ def test_a_holding_mlp_trains_as_in_torch(toy):
 @pytest.mark.parametrize("kind", [MLP, GLU, LOW_RANK, NORM])
 def test_a_blended_seed_adds_alpha_times_delta_and_learns(toy, kind):
     p = toy.population(KEYS[:2], steps=1)
-    hold(toy, p, 0, 1, kind)
+    toy.hold(p, 0, 1, kind)
     # Back into BLENDING, with 1 of 5 epochs behind it: alpha is 2/5 in the coming epoch.
     for name, value in (("stage", Stage.BLENDING), ("ramp", 5), ("epochs", 1), ("alpha", 0.2)):
         getattr(p.lifecycle, name)[0, 1] = value
@@ -263,7 +252,7 @@ def test_seeds_in_training_leave_the_host_bitwise_alone(toy):
 def test_gradient_of_a_seed_in_training_is_the_straight_through_one(toy, kind):
     # Twin with the seed fully there in slot 2, so that the signal has to come back through another seed.
     p = toy.population([11], steps=1)
-    hold(toy, p, 0, 2, MLP)
+    toy.hold(p, 0, 2, MLP)
     toy.plant(p, 0, 1, kind)
     g = torch.Generator().manual_seed(kind)
     p.seed_theta[kind][0, 1] += 0.3 * torch.randn(p.seed_theta[kind][0, 1].shape, generator=g)
@@ -309,7 +298,7 @@ def test_absent_seeds_cost_nothing_and_have_no_influence(toy):
 def test_a_seed_in_training_takes_no_part_in_evaluation(toy):
     p = twins(toy, 2)
     for host in range(2):
-        hold(toy, p, host, 2, NORM)
+        toy.hold(p, host, 2, NORM)
         p.seed_theta[NORM][host, 2] = torch.linspace(0.5, 2, 8)
     toy.plant(p, 0, 1, MLP)
     p.seed_theta[MLP][0, 1] = float("nan")  # which 0 * delta would not hide
@@ -334,7 +323,7 @@ def test_a_seed_culled_out_of_training_leaves_no_trace_but_its_flops(toy):
 
 def test_a_culled_blended_seed_stops_counting_in_loss_and_compute(toy):
     p = toy.population([11])
-    hold(toy, p, 0, 1, MLP)
+    toy.hold(p, 0, 1, MLP)
     p.train_epoch()
     p.lifecycle.fire(Event.CULL, toy.at(p, 0, 1))
     slow = toy.SlowHost(p, 0)
@@ -410,8 +399,8 @@ def test_germinating_in_a_live_slot_changes_nothing(toy):
 def test_remove_unfinished_keeps_only_what_is_finished(toy):
     p = toy.population([11, 11, 12])
     for host in range(3):
-        hold(toy, p, host, 0, MLP)
-        hold(toy, p, host, 1, GLU)
+        toy.hold(p, host, 0, MLP)
+        toy.hold(p, host, 1, GLU)
         p.lifecycle.stage[host, 1] = Stage.BLENDING
         p.lifecycle.ramp[host, 1] = 8
     toy.plant(p, 1, 2, NORM)
@@ -453,200 +442,3 @@ def test_contributions_are_the_loss_without_minus_the_loss(toy):
                     assert int(p.statistics.contribution_age[host, slot]) == 0
                     checked += sum(known) > 1  # with another seed there, which has to stay as it is
     assert checked > 5
-
-
-# ---- state --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def halfway(toy):
-    p = toy.population(KEYS[:4])
-    toy.walk(p, KEYS[:4], 6)
-    return p.state_dict()
-
-
-def test_a_restored_population_goes_on_bitwise(toy, halfway):
-    whole = toy.population(KEYS[:4])
-    toy.walk(whole, KEYS[:4], 12)
-    restored = toy.population([1, 2, 3, 4])
-    toy.walk(restored, [1, 2, 3, 4], 3)
-    restored.load_state_dict(halfway)
-    toy.walk(restored, KEYS[:4], 6)
-    assert toy.differences(whole.state_dict(), restored.state_dict()) == []
-
-
-def test_state_holds_all_tensors_of_the_population(toy, halfway):
-    p = toy.population(KEYS[:4])
-    fixed = {"seed_flops", "seed_sizes", "layer_of"}
-    changing = {k for k, v in vars(p).items() if isinstance(v, torch.Tensor) and k not in fixed}
-    assert changing <= set(halfway)
-    for part in ("lifecycle", "context", "statistics"):
-        assert set(halfway[part]) == set(vars(getattr(p, part)))
-
-
-def test_states_are_copies(toy, halfway):
-    before = {k: v.clone() for k, v in toy.leaves(halfway).items()}
-    p = toy.population(KEYS[:4])
-    p.load_state_dict(halfway)
-    toy.walk(p, KEYS[:4], 2)
-    p.reset(torch.arange(4), toy.context([5, 6, 7, 8]))
-    assert all(torch.equal(before[k], v) for k, v in toy.leaves(halfway).items())
-
-
-def test_a_state_without_one_of_its_keys_is_refused(toy, halfway):
-    p = toy.population(KEYS[:4])
-    for name in halfway:
-        with pytest.raises(KeyError, match=name):
-            p.load_state_dict({k: v for k, v in halfway.items() if k != name})
-
-
-def test_a_state_without_one_of_its_inner_keys_is_refused(toy, halfway):
-    p, accepted = toy.population(KEYS[:4]), []
-    for part in ("lifecycle", "context", "statistics"):
-        for name in halfway[part]:
-            inner = {k: v for k, v in halfway[part].items() if k != name}
-            try:
-                p.load_state_dict({**halfway, part: inner})
-            except KeyError:
-                continue
-            accepted.append(f"{part}.{name}")
-    assert accepted == []
-
-
-# ---- data ---------------------------------------------------------------------------------------------------------
-
-
-def noisy(toy, noise, size=300):
-    p = toy.population([1] * len(noise), toy.data(train=3000, classes=5), steps=2)
-    n = len(noise)
-    p.reset(
-        torch.arange(n),
-        Context(torch.arange(n) + 40, torch.full((n,), 0.005), torch.full((n,), size), torch.tensor(noise)),
-    )
-    return p
-
-
-def test_label_noise_redraws_its_share(toy):
-    p = noisy(toy, [0.0, 0.3, 1.0])
-    clean = p.data.train_y[p.subset]
-    assert torch.equal(p.labels[0], clean[0])
-    for host, noise in ((1, 0.3), (2, 1.0)):
-        share = noise * 4 / 5  # a redrawn label is the old one once in 5 times
-        changed = (p.labels[host] != clean[host]).double().mean()
-        assert abs(changed - share) < 4 * (share * (1 - share) / 3000) ** 0.5
-    counts = torch.bincount(p.labels[2], minlength=5).double()
-    assert ((counts - 600) ** 2 / 600).sum() < 24  # chi-square with 4 degrees: p = 1e-4
-
-
-def test_labels_do_not_change_during_an_episode(toy):
-    p = noisy(toy, [0.5])
-    before = p.labels.clone(), p.subset.clone()
-    p.train_epoch()
-    assert torch.equal(p.labels, before[0])
-    assert torch.equal(p.subset, before[1])
-
-
-def test_subset_is_a_permutation_of_the_pool(toy):
-    p = noisy(toy, [0.0, 0.3])
-    assert torch.equal(p.subset.sort(1).values, torch.arange(3000).expand(2, -1))
-
-
-def test_an_epoch_walks_through_the_host_s_own_samples(toy):
-    p = toy.population(KEYS[:5], steps=7)  # 56 draws from 20 to 48 samples
-    orders = []
-    for _ in range(3):
-        order = p._epoch_order()
-        orders.append(order)
-        for host in range(5):
-            size = int(p.context.train_size[host])
-            flat = order[host].flatten()
-            counts = torch.bincount(flat, minlength=size)
-            assert len(counts) == size
-            assert set(counts.tolist()) <= {56 // size, -(-56 // size)}
-            assert torch.equal(flat[: 56 - size], flat[size:56])  # from its start again
-        p.train_epoch()
-    assert all(not torch.equal(orders[0][k], orders[1][k]) for k in range(5))
-    assert all(not torch.equal(orders[1][k], orders[2][k]) for k in range(5))
-
-
-def poisoned(data, **parts):
-    """The data with some tensors replaced."""
-    return Data(**{**vars(data), **parts})
-
-
-def test_training_stays_within_the_host_s_samples(toy):
-    clean = toy.population([11])
-    size = int(clean.context.train_size)
-    x = clean.data.train_x.clone()
-    x[clean.subset[0, size:]] = float("nan")
-    p = toy.population([11], poisoned(clean.data, train_x=x))
-    toy.walk(clean, [11], 5)
-    toy.walk(p, [11], 5)
-    assert toy.differences(clean.state_dict(), p.state_dict()) == []
-
-
-def test_the_last_of_the_host_s_samples_is_used(toy):
-    clean = toy.population([11], steps=8)
-    size = int(clean.context.train_size)
-    x = clean.data.train_x.clone()
-    x[clean.subset[0, size - 1]] = float("nan")
-    p = toy.population([11], poisoned(clean.data, train_x=x), steps=8)
-    p.train_epoch()
-    assert p.theta.isnan().any()
-
-
-def test_the_test_split_has_no_influence(toy):
-    data = toy.data()
-    wrong = poisoned(data, test_x=torch.full_like(data.test_x, float("nan")), test_y=torch.full_like(data.test_y, 7))
-    a, b = toy.population(KEYS[:3], data), toy.population(KEYS[:3], wrong)
-    for p in (a, b):
-        toy.walk(p, KEYS[:3], 8)
-        p.remove_unfinished(torch.ones(3, dtype=torch.bool))
-    assert toy.differences(a.state_dict(), b.state_dict()) == []
-
-
-def test_the_validation_split_does_not_train(toy):
-    data = toy.data()
-    other = poisoned(data, validation_x=data.validation_x * 3 + 1, validation_y=(data.validation_y + 1) % 3)
-    a, b = toy.population(KEYS[:3], data), toy.population(KEYS[:3], other)
-    for p in (a, b):
-        toy.walk(p, KEYS[:3], 8)
-    measured = ("/validation_loss", "/statistics/")
-    assert all(name.startswith(measured) for name in toy.differences(a.state_dict(), b.state_dict()))
-    assert not torch.isclose(a.validation_loss, b.validation_loss).any()
-
-
-def test_test_accuracy_by_hand(toy):
-    p = toy.population(KEYS[:3])
-    for host, kind in ((0, MLP), (2, NORM)):
-        hold(toy, p, host, 1, kind)
-    p.train_epoch()
-    expected = []
-    for k in (2, 0):
-        slow = toy.SlowHost(p, k)
-        slow.sync()
-        with torch.no_grad():
-            right = slow.forward(p.data.test_x, slow.alphas(ahead=0))[0].argmax(1) == p.data.test_y
-        expected.append(float(right.float().mean()))
-    assert p.test_accuracy(torch.tensor([2, 0])).tolist() == pytest.approx(expected)
-
-
-def test_unknown_blueprint(toy):
-    from esper.growth.host import HostSpec
-    from esper.growth.lifecycle import LifecycleSpec
-    from esper.growth.population import Population
-    from esper.growth.state import TrainingSpec
-
-    with pytest.raises(KeyError, match=r"conv9.*available"):
-        Population(HostSpec(5, 3, 4, 3), ["conv9"], toy.data(), TrainingSpec(), LifecycleSpec(), 1)
-
-
-# ---- the host -----------------------------------------------------------------------------------------------------
-
-
-def test_host_counts_by_hand(toy):
-    spec = toy.population([1]).spec
-    # 5 -> 4 -> 4 -> 4 -> 3
-    assert spec.layers == [(5, 4), (4, 4), (4, 4), (4, 3)]
-    assert spec.flops == 20 + 16 + 16 + 12
-    assert spec.parameter_count == 64 + 4 + 4 + 4 + 3
