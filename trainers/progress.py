@@ -30,7 +30,7 @@ class Reporter:
     """
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0):
-        self._label, self._total, self._unit, self._done, self._start_done = label, total, unit, done, done
+        self._label, self._total, self._unit, self._start_done = label, total, unit, done
         self._bar: Progress | None = None
         if sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[status]}"))

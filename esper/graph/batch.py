@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -168,9 +168,6 @@ class GraphBatch:
             source, mask = _pad(list(sources))
             edges[relation] = Edges(source, _pad(list(targets))[0], _pad(list(attrs))[0], mask)
         return GraphBatch(x, node_mask, edges, torch.stack([graph.action_mask for graph in graphs]))
-
-    def with_action_mask(self, action_mask: Tensor) -> GraphBatch:
-        return replace(self, action_mask=action_mask)
 
 
 def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -230,15 +230,6 @@ def test_to_moves_every_tensor() -> None:
     assert {value.device.type for value in batch.to_dict().values()} == {"meta"}
 
 
-def test_with_action_mask_leaves_the_original_alone() -> None:
-    batch = fixed_batch()
-    before = batch.action_mask.clone()
-    changed = batch.with_action_mask(~before)
-    assert torch.equal(batch.action_mask, before)
-    assert torch.equal(changed.action_mask, ~before)
-    assert changed.x is batch.x
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_graphs_on_a_device_are_batched_on_it() -> None:

@@ -1,6 +1,7 @@
 """The baseline controllers, in real episodes and on graphs whose features are set by hand."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -201,7 +202,7 @@ def test_plateau_takes_the_first_free_slot(fresh: GraphBatch) -> None:
     mask[0, [layout.index(Verb.GERMINATE, slot, kind) for slot in (0, 1) for kind in range(4)]] = False
     controller = baselines.make("plateau", BaselinesConfig(), 0)
     controller.begin(2)
-    actions = controller.act(with_slope(fresh, (0.0, 1.0), (0.0, 1.0)).with_action_mask(mask))
+    actions = controller.act(replace(with_slope(fresh, (0.0, 1.0), (0.0, 1.0)), action_mask=mask))
     assert actions.tolist() == [layout.index(Verb.GERMINATE, 2, 1), layout.index(Verb.GERMINATE, 0, 1)]
 
 
@@ -238,7 +239,7 @@ def test_a_full_host_does_not_cost_plateau_its_patience(fresh: GraphBatch) -> No
     controller = baselines.make("plateau", BaselinesConfig(), 0)
     controller.begin(2)
     flat = with_slope(fresh, (0.0, 1.0), (0.0, 1.0))
-    assert not controller.act(flat.with_action_mask(wait_only)).any()
+    assert not controller.act(replace(flat, action_mask=wait_only)).any()
     assert (controller.act(flat) != WAIT).all()
 
 
