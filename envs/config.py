@@ -93,6 +93,13 @@ class EnvConfig:
                 )
 
 
+def saved_config(values: Any) -> EnvConfig:
+    """The environment that a checkpoint's configuration holds as plain containers."""
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EnvConfig), values))
+    assert isinstance(config, EnvConfig)
+    return config
+
+
 def load_config(name: str, **overrides: Any) -> EnvConfig:
     """The environment called `name`, with top-level fields replaced by `overrides`.
 

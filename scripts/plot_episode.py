@@ -8,9 +8,8 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
-from omegaconf import OmegaConf
 
-from envs.config import EnvConfig
+from envs.config import EnvConfig, saved_config
 from envs.growth_env import GrowthEnv
 from esper.growth.lifecycle import NO_BLUEPRINT, Stage
 from esper.tamiyo.actor import Actor
@@ -33,8 +32,7 @@ COLOURS = {
 def play(run: str, instance: int) -> tuple[EnvConfig, dict[str, list]]:
     """One held-out episode of the most probable actions; what happened at each epoch."""
     _, state = load_state(run)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EnvConfig), state["config"]["env"]))
-    assert isinstance(config, EnvConfig)
+    config = saved_config(state["config"]["env"])
     env = GrowthEnv(config, 1, split="heldout", autoreset=False)
     actor = Actor(policy_of(state), deterministic=True)
     graph = env.reset(torch.tensor([instance]))

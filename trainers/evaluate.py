@@ -8,7 +8,7 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from envs.config import EnvConfig
+from envs.config import saved_config
 from esper.runtime import checkpoint
 from esper.runtime.errors import ConfigError
 from esper.tamiyo.loading import load_state, policy_of
@@ -26,9 +26,7 @@ def _main(given: DictConfig) -> None:
         raise ConfigError(f"episodes={settings.episodes}: must be above 0")
     path, state = load_state(settings.checkpoint, "checkpoint")
     if settings.env is None:
-        saved = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EnvConfig), state["config"]["env"]))
-        assert isinstance(saved, EnvConfig)
-        env = saved
+        env = saved_config(state["config"]["env"])
     else:
         env = settings.env
         env.validate()

@@ -29,7 +29,17 @@ from trainers.progress import Reporter
 TAMIYO = "tamiyo"
 _RESAMPLES = 2000
 _BATCH = 64  # episodes side by side
-_ACCOUNTS = ("gain", "germinated", "fossilized", "culled", "waited", "params_ratio", "flops_ratio")
+_ACCOUNTS = (
+    "gain",
+    "germinated",
+    "fossilized",
+    "culled",
+    "waited",
+    "params_ratio",
+    "flops_ratio",
+    "test_accuracy",
+    "twin_test_accuracy",
+)
 
 
 class TamiyoController:
@@ -94,8 +104,8 @@ def evaluate(
     """Plays Tamiyo and the chosen baselines; returns the report.
 
     The report's `controllers` map a name to its scores (episode returns), their IQM with interval, the means of the
-    accounts, accuracies on the test split with and without growth, and, for baselines, the paired comparison with
-    Tamiyo: IQM of the difference and the probability of improvement.
+    accounts (accuracies on the test split, with and without growth, among them), and, for baselines, the paired
+    comparison with Tamiyo: IQM of the difference and the probability of improvement.
     """
     controllers: dict[str, Controller] = {TAMIYO: TamiyoController(policy, settings.seed, settings.deterministic)}
     controllers |= {name: baselines.make(name, settings.controllers, settings.seed) for name in settings.names()}
@@ -119,7 +129,6 @@ def evaluate(
             scores = played["return"].astype(float)
             row = {**_summary(scores), "scores": [round(float(s), 6) for s in scores]}
             row |= {account: float(played[account].mean()) for account in _ACCOUNTS}
-            row |= {account: float(played[account].mean()) for account in ("test_accuracy", "twin_test_accuracy")}
             report["controllers"][name] = row
     mine = np.array(report["controllers"][TAMIYO]["scores"])
     for name, row in report["controllers"].items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -56,12 +57,8 @@ class ActionLayout:
         return 1 + self.slots * sum(self.choices.values())
 
     def table(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(verb, slot, choice) of every action, each int64 [size]; slot and choice are 0 for WAIT."""
-        rows = [(Verb.WAIT, 0, 0)]
-        for verb, count in self.choices.items():
-            rows += [(verb, slot, choice) for slot in range(self.slots) for choice in range(count)]
-        verbs, slots, choices = torch.tensor(rows).unbind(1)
-        return verbs, slots, choices
+        """(verb, slot, choice) of every action, each int64 [size]; slot and choice are 0 for WAIT. Shared."""
+        return _table(self)
 
     def index(self, verb: Verb, slot: int = 0, choice: int = 0) -> int:
         """Number of one action.
@@ -109,3 +106,12 @@ class ActionLayout:
         population.lifecycle.fire(Event.FOSSILIZE, where(Verb.FOSSILIZE))
         population.lifecycle.fire(Event.CULL, where(Verb.CULL))
         return verb
+
+
+@cache
+def _table(layout: ActionLayout) -> tuple[Tensor, Tensor, Tensor]:
+    rows = [(Verb.WAIT, 0, 0)]
+    for verb, count in layout.choices.items():
+        rows += [(verb, slot, choice) for slot in range(layout.slots) for choice in range(count)]
+    verbs, slots, choices = torch.tensor(rows).unbind(1)
+    return verbs, slots, choices

@@ -18,6 +18,9 @@ from esper.growth.actions import ActionLayout
 from esper.growth.lifecycle import Event, Stage, is_kept, is_live, legal
 from esper.growth.population import Population
 
+SLOPE_SCALE = 10
+"""The observation holds the slope of the log validation loss per epoch times this."""
+
 _SLOPE_EPOCHS = 3
 _TINY = 1e-8
 
@@ -157,7 +160,7 @@ class Observer:
         trained = (p.epoch[:n] > 0).float()
         validation, log_validation = s.history[:, 0], _log(s.history[:, 0])
         sloped = (s.history_length > _SLOPE_EPOCHS).float()
-        slope = (log_validation - _log(s.history[:, _SLOPE_EPOCHS])) / _SLOPE_EPOCHS * 10
+        slope = (log_validation - _log(s.history[:, _SLOPE_EPOCHS])) / _SLOPE_EPOCHS * SLOPE_SCALE
         stage = p.lifecycle.stage
         kept = p.seed_parameters(is_kept(stage))[:n]
         columns = [

@@ -85,7 +85,7 @@ class Population(PopulationState):
         self.lifecycle.fire(Event.CULL, unfinished)
         changed = unfinished.any(1).nonzero().squeeze(1)
         if len(changed):
-            loss = self._losses(changed, self.data.validation_x, self.data.validation_y)
+            loss, _ = self._validate(changed, self.lifecycle.alpha[changed])
             self.validation_loss[changed] = loss
             watched = changed < self.observed
             self.statistics.revise_validation(changed[watched], loss[watched], self.lifecycle.stage)
@@ -158,9 +158,7 @@ class Population(PopulationState):
         without = alpha[pair_host].clone()
         without[torch.arange(len(pair_host), device=self.device), pair_slot] = 0.0
         rows = torch.cat([where, pair_host])
-        losses, activations = self._forward_rows(
-            rows, torch.cat([alpha[where], without]), self.data.validation_x, self.data.validation_y
-        )
+        losses, activations = self._validate(rows, torch.cat([alpha[where], without]))
         self.validation_loss[where] = losses[: len(where)]
         watched = where < self.observed
         hosts = where[watched]
@@ -175,9 +173,6 @@ class Population(PopulationState):
         )
         self.statistics.record_validation(hosts, self.validation_loss[hosts], self.lifecycle)
 
-    def _losses(self, where: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return self._forward_rows(where, self.lifecycle.alpha[where], x, y)[0]
-
     @torch.no_grad()
     def test_accuracy(self, where: Tensor) -> Tensor:
         """Accuracy of the hosts `where` (int64 [m]) on the test split, in [0, 1]: float32 [m].
@@ -185,9 +180,11 @@ class Population(PopulationState):
         logits = self._logits_rows(where, self.lifecycle.alpha[where], self.data.test_x)[0]
         return (logits.argmax(-1) == self.data.test_y).float().mean(1)
 
-    def _forward_rows(self, rows: Tensor, alpha: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
-        logits, activations = self._logits_rows(rows, alpha, x)
-        return host.cross_entropy(logits, y.expand(len(rows), -1)).mean(1), activations
+    @torch.no_grad()
+    def _validate(self, rows: Tensor, alpha: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Validation losses [M] of the hosts `rows` [M] with `alpha` [M, slots], and their activations."""
+        logits, activations = self._logits_rows(rows, alpha, self.data.validation_x)
+        return host.cross_entropy(logits, self.data.validation_y.expand(len(rows), -1)).mean(1), activations
 
     def _logits_rows(self, rows: Tensor, alpha: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Forward of the hosts `rows` [M] (repeats allowed), all on x [n, inputs], with `alpha` [M, slots]."""

@@ -75,6 +75,7 @@ class Rollout:
 
     def finish(self, last_values: Tensor, gamma: float, lam: float) -> None:
         """Computes advantages and returns; `last_values` [N] is V of the observation after the last step."""
+        self._batch = GraphBatch.cat(self.graphs)  # once, for all passes over the minibatches
         self.advantages, self.returns = gae(
             self.rewards,
             self.values,
@@ -92,9 +93,8 @@ class Rollout:
         return float("nan") if variance == 0 else float(1 - (self.returns - self.values).var() / variance)
 
     def minibatches(self, count: int, generator: torch.Generator) -> Iterator[Minibatch]:
-        """One pass over all T x N transitions in `count` shuffled minibatches of (nearly) equal size."""
-        graphs = GraphBatch.cat(self.graphs)
+        """One pass over a finished rollout in `count` shuffled minibatches of (nearly) equal size."""
         flat = [t.flatten() for t in (self.actions, self.log_probs, self.values, self.advantages, self.returns)]
-        order = torch.randperm(len(graphs), generator=generator)
+        order = torch.randperm(len(self._batch), generator=generator)
         for index in order.tensor_split(count):
-            yield Minibatch(graphs[index], *(t[index] for t in flat))
+            yield Minibatch(self._batch[index], *(t[index] for t in flat))

@@ -11,6 +11,7 @@ from torch import Tensor
 from esper.graph import GraphBatch
 from esper.graph.schema import SCHEMA
 from esper.growth.actions import RAMPS, WAIT, ActionLayout, Verb
+from esper.growth.observation import SLOPE_SCALE
 from esper.runtime.errors import ConfigError
 
 
@@ -134,8 +135,7 @@ class Plateau:
 
     def act(self, graph: GraphBatch) -> Tensor:
         feature = graph.x["global"][:, 0]
-        # The observation scales the slope per epoch by 10.
-        slope = feature[:, SCHEMA.feature("global", "slope")] / 10
+        slope = feature[:, SCHEMA.feature("global", "slope")] / SLOPE_SCALE
         known = feature[:, SCHEMA.feature("global", "slope_known")] > 0
         self._since = self._since.to(graph.device)
         when = known & (slope > self.config.slope) & (self._since >= self.config.patience)
