@@ -5,9 +5,19 @@
 
 from gymnasium.envs.registration import register
 
-for _name in ("segment", "digits"):
+IDS = {
+    "segment": "esper/Segment-v0",
+    "digits": "esper/Digits-v0",
+    "digits_conv": "esper/DigitsConv-v0",
+    "signal": "esper/Signal-v0",
+    "mnist5k": "esper/Mnist5k-v0",
+    "charlm": "esper/CharLM-v0",
+}
+"""Gymnasium's id of each environment of `conf/env`."""
+
+for _name, _id in IDS.items():
     register(
-        id=f"esper/{_name.title()}-v0",
+        id=_id,
         entry_point="envs.gym_env:SingleGrowthEnv",
         vector_entry_point="envs.gym_env:VectorGrowthEnv",
         kwargs={"name": _name},

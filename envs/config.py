@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from envs import tasks
+from envs.contexts import ContextsConfig, check_range
 from esper.growth import blueprints
+from esper.growth.host import HostSpec
 from esper.growth.lifecycle import LifecycleSpec
 from esper.growth.state import TrainingSpec
 from esper.runtime.errors import ConfigError, check_positive
@@ -18,19 +21,10 @@ from esper.runtime.errors import ConfigError, check_positive
 
 @dataclass
 class HostConfig:
-    """Architecture of the hosts; `stages` hidden layers, which is also the number of slots."""
+    """Sizes of the hosts, drawn per episode from [low, high]; the number of stages is that of the slots."""
 
-    width: int = MISSING
-    stages: int = MISSING
-
-
-@dataclass
-class ContextConfig:
-    """Ranges [low, high] of what is drawn per episode and hidden from the controller's choice."""
-
-    learning_rate: list[float] = MISSING  # log-uniform
-    train_size: list[int] = MISSING  # log-uniform, in samples
-    label_noise: list[float] = MISSING  # uniform, share of labels drawn anew
+    width: list[int] = MISSING
+    stages: list[int] = MISSING
 
 
 @dataclass
@@ -46,7 +40,7 @@ class RewardConfig:
 class EnvConfig:
     """One growth environment."""
 
-    name: str = MISSING  # also the key of its references in envs/references.json
+    name: str = MISSING
     task: str = MISSING
     num_envs: int = 32  # hosts trained side by side
     epochs: int = MISSING  # steps of an episode
@@ -54,8 +48,14 @@ class EnvConfig:
     host: HostConfig = field(default_factory=HostConfig)
     training: TrainingSpec = field(default_factory=TrainingSpec)
     lifecycle: LifecycleSpec = field(default_factory=LifecycleSpec)
-    context: ContextConfig = field(default_factory=ContextConfig)
+    contexts: ContextsConfig = field(default_factory=ContextsConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+
+    @property
+    def instances(self) -> str:
+        """Which instances it draws, `<task>/<kind of context>`: the key of what is tuned to them."""
+        kinds = [kind for kind, weight in self.contexts.mixture.weights().items() if weight > 0]
+        return f"{self.task}/{kinds[0] if len(kinds) == 1 else 'mixture'}"
 
     def validate(self, prefix: str = "env") -> None:
         """Checks the values.
@@ -68,8 +68,6 @@ class EnvConfig:
             {
                 "num_envs": self.num_envs,
                 "epochs": self.epochs,
-                "host.width": self.host.width,
-                "host.stages": self.host.stages,
                 "training.steps_per_epoch": self.training.steps_per_epoch,
                 "training.batch_size": self.training.batch_size,
                 "lifecycle.auto_ramp": self.lifecycle.auto_ramp,
@@ -83,14 +81,32 @@ class EnvConfig:
                 raise ConfigError(f"{prefix}.blueprints={name}: no such blueprint; choose from {known}")
         if not self.blueprints or len(set(self.blueprints)) < len(self.blueprints):
             raise ConfigError(f"{prefix}.blueprints={self.blueprints}: name at least one, and none twice")
-        pool = len(tasks.load(self.task).train_y)
-        bounds = {"learning_rate": (1e-8, 1.0), "train_size": (1, pool), "label_noise": (0.0, 1.0)}
-        for key, (low, high) in bounds.items():
-            values = getattr(self.context, key)
-            if len(values) != 2 or not low <= values[0] <= values[1] <= high:
-                raise ConfigError(
-                    f"{prefix}.context.{key}={values}: give [low, high] with {low} <= low <= high <= {high}"
-                )
+        data = tasks.load(self.task)
+        check_range(f"{prefix}.host.width", self.host.width, 1, 4096)
+        check_range(f"{prefix}.host.stages", self.host.stages, 1, 64)
+        self.contexts.validate(f"{prefix}.contexts", len(data.train_y))
+        site = host_spec(self).site
+        if not any(blueprints.get(name).fits(site) for name in self.blueprints):
+            raise ConfigError(
+                f"{prefix}.blueprints={self.blueprints}: none of them fits a host of {site.tokens} token(s); add mlp"
+            )
+
+
+def host_spec(config: EnvConfig) -> HostSpec:
+    """The architecture with room for every host that `config` can draw."""
+    data = tasks.load(config.task)
+    width = config.host.width[1]
+    if config.contexts.mixture.growth:
+        width = max(width, config.contexts.growth.width[1])
+    return HostSpec(
+        inputs=data.train_x.shape[2],
+        classes=data.classes,
+        width=width,
+        stages=config.host.stages[1],
+        grid=data.grid,
+        causal=data.causal,
+        per_token=data.train_y.dim() > 1,
+    )
 
 
 def saved_config(values: Any) -> EnvConfig:
@@ -100,22 +116,37 @@ def saved_config(values: Any) -> EnvConfig:
     return config
 
 
-def load_config(name: str, **overrides: Any) -> EnvConfig:
-    """The environment called `name`, with top-level fields replaced by `overrides`.
+def load_config(name: str, contexts: str | None = None, **overrides: Any) -> EnvConfig:
+    """The environment called `name`.
+
+    Args:
+        name: a file of `conf/env`.
+        contexts: a file of `conf/env/contexts`; default: the one that the environment names.
+        overrides: top-level fields that replace those of the file.
 
     Raises:
-        ConfigError: no such environment or a bad value.
+        ConfigError: no such environment or contexts, or a bad value.
     """
     folder = resources.files("esper.conf") / "env"
-    names = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-    if name not in names:
-        raise ConfigError(f"env={name}: no such environment; choose one of {', '.join(names)}")
-    values = OmegaConf.create((folder / f"{name}.yaml").read_text())
+    values = _read(folder, "env", name)
+    chosen = contexts or values.pop("defaults")[0]["contexts"]
+    values.pop("defaults", None)
+    drawn = _read(folder / "contexts", "env/contexts", chosen)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EnvConfig), values, overrides))
+        merged = OmegaConf.merge(OmegaConf.structured(EnvConfig), {"contexts": drawn}, values, overrides)
+        config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key, reason = error.full_key, str(error).splitlines()[0]
         raise ConfigError(f"env {name}: {key}: {reason}; the keys are those of conf/env/{name}.yaml") from error
     assert isinstance(config, EnvConfig)
     config.validate()
     return config
+
+
+def _read(folder: Traversable, group: str, name: str) -> DictConfig:
+    names = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    if name not in names:
+        raise ConfigError(f"{group}={name}: no such option; choose one of {', '.join(names)}")
+    values = OmegaConf.create((folder / f"{name}.yaml").read_text())
+    assert isinstance(values, DictConfig)
+    return values

@@ -12,27 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from envs import tasks
-from envs.config import EnvConfig
+from envs import contexts, tasks, twins
+from envs.config import EnvConfig, host_spec
 from envs.reward import gain, load_reference, rent
 from esper.graph import GraphBatch
 from esper.growth.actions import ActionLayout, Verb
-from esper.growth.host import HostSpec
-from esper.growth.lifecycle import is_kept
+from esper.growth.context import Context
+from esper.growth.lifecycle import is_kept, is_live
 from esper.growth.observation import Observer
 from esper.growth.population import Population
-from esper.growth.state import Context
+from esper.growth.state import PopulationSpec
 from esper.runtime import seeding
 
 SPLITS = ("train", "heldout")
-"""Instances (init, data order, data subset, noise, learning rate) of the two splits never coincide."""
+"""Instances (contexts, init, data order, data subset, noise) of the two splits never coincide."""
 
-# Salts of the streams of a key; those of esper.growth.population are other numbers.
-_EPISODE, _CONTEXT = 101, 102
+_EPISODE = 101  # salt of the instances' keys
 
 
 class GrowthEnv:
-    """N hosts with their twins as one population of 2N.
+    """N hosts side by side, each measured against its twin.
 
     Args:
         config: what to grow on what; `config.num_envs` is not used.
@@ -52,29 +51,25 @@ class GrowthEnv:
     ):
         self.config, self.num_envs, self.autoreset = config, num_envs, autoreset
         self._split = SPLITS.index(split)
-        self.reference = load_reference(config.name)
-        data = tasks.load(config.task)
-        self.population = Population(
-            host_spec(config),
-            list(config.blueprints),
-            data,
-            config.training,
-            config.lifecycle,
-            hosts=2 * num_envs,
-            observed=num_envs,
-            device=device,
-        )
+        self.reference = load_reference(config.task)
+        spec = population_spec(config)
+        self.population = Population(spec, num_envs, device)
+        identity = repr((config.task, config.epochs, config.host, config.training, config.contexts))
+        self._twins = twins.shared(spec, config.epochs, device, identity)
         self.layout = ActionLayout(self.population.slots, len(config.blueprints))
         self.device = self.population.device
         self._observer = Observer(self.population, config.epochs)
         self.graph_build_s: deque[float] = deque(maxlen=1024)  # wall time of the latest observations
-        largest = max(blueprint.parameter_count(config.host.width) for blueprint in self.population.catalogue)
-        self._most_parameters = largest * self.population.slots
-        self._seeds = torch.arange(num_envs, device=self.device)
-        self._episodes = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
-        self._returns = torch.zeros(num_envs, device=self.device)
-        self._counts = torch.zeros(num_envs, len(Verb), dtype=torch.int64, device=self.device)
-        self._potential = torch.zeros(num_envs, device=self.device)
+        self._largest = (self.population.seed_sizes * self.population.fits).amax(1)  # [width + 1]
+        self._seeds = torch.arange(num_envs)
+        self._episodes = torch.zeros(num_envs, dtype=torch.int64)
+        self._kinds = torch.zeros(num_envs, dtype=torch.int64)
+        self._returns = torch.zeros(num_envs)
+        self._counts = torch.zeros(num_envs, len(Verb), dtype=torch.int64)
+        self._potential = torch.zeros(num_envs)
+        self._area = torch.zeros(num_envs)  # under the validation curve, over the compute of an ungrown episode
+        self._spent = torch.zeros(num_envs)  # compute so far, in ungrown episodes
+        self._twin = torch.zeros(num_envs, config.epochs + 3)  # as Twins returns it
 
     def reset(self, seeds: Tensor | None = None) -> GraphBatch:
         """Starts an episode in every environment.
@@ -83,14 +78,14 @@ class GrowthEnv:
             seeds: int64 [N]; restarts environment k's sequence of instances from seeds[k]. None goes on with it.
         """
         if seeds is not None:
-            self._seeds = seeds.to(self.device)
+            self._seeds = seeds.cpu()
             self._episodes.zero_()
-        self._begin(torch.arange(self.num_envs, device=self.device))
+        self._begin(torch.arange(self.num_envs))
         return self._observe()
 
     def action_mask(self) -> Tensor:
         """bool [N, A]: what is legal now."""
-        return self.layout.mask(self.population.lifecycle.stage[: self.num_envs])
+        return self.layout.mask(self.population)
 
     def _observe(self) -> GraphBatch:
         start = time.perf_counter()
@@ -99,14 +94,14 @@ class GrowthEnv:
         return graph
 
     def _begin(self, where: Tensor) -> None:
-        """New instances for the environments `where` ([m]); the twin gets the very context of its host."""
-        split = torch.full_like(self._seeds[where], self._split)
+        """New instances for the environments `where` ([m])."""
+        split = torch.full_like(where, self._split)
         key = seeding.fold(split, _EPISODE, self._seeds[where], self._episodes[where])
-        context = draw_context(self.config, key)
-        both = {name: value.repeat(2) for name, value in vars(context).items()}
-        self.population.reset(torch.cat([where, where + self.num_envs]), Context(**both))
+        context, self._kinds[where] = draw_context(self.config, key)
+        self._twin[where] = self._twins(context)
+        self.population.reset(where, context)
         self._episodes[where] += 1
-        for state in (self._returns, self._counts, self._potential):
+        for state in (self._returns, self._counts, self._potential, self._area, self._spent):
             state[where] = 0
 
     def step(self, actions: Tensor) -> tuple[GraphBatch, Tensor, Tensor, Tensor, dict[str, Any]]:
@@ -128,15 +123,17 @@ class GrowthEnv:
         """
         if actions.shape != (self.num_envs,):
             raise ValueError(f"actions of shape {tuple(actions.shape)} for {self.num_envs} environments")
-        verbs = self.layout.execute(self.population, actions.to(self.device))
+        verbs = self.layout.execute(self.population, actions.cpu())
         self._counts += torch.nn.functional.one_hot(verbs, len(Verb))
+        cost = self._epoch_cost()
         self.population.train_epoch()
-        n = self.num_envs
-        terminated = self.population.epoch[:n] >= self.config.epochs
+        share = torch.minimum(cost, (1 - self._spent).clamp(min=0))
+        self._area += share * self.population.validation_loss.cpu()
+        self._spent += cost
+        terminated = self.population.epoch >= self.config.epochs
         if terminated.any():
-            self.population.remove_unfinished(torch.cat([terminated, torch.zeros_like(terminated)]))
-        loss = self.population.validation_loss
-        score = gain(loss[:n], loss[n:], self.reference)
+            self.population.remove_unfinished(terminated)
+        score = self._score()
         potential = (self.config.reward.shaping * score).masked_fill(terminated, 0.0)
         reward = potential - self._potential + torch.where(terminated, score - self._price(), 0.0)
         self._potential = potential
@@ -150,42 +147,66 @@ class GrowthEnv:
                 graph = self._observe()
         return graph, reward, terminated, torch.zeros_like(terminated), info
 
+    def _epoch_cost(self) -> Tensor:
+        """[N], compute of the coming epoch, in ungrown episodes."""
+        p = self.population
+        host = p.host_flops()
+        return (host + p.seed_flops_now(is_live(p.lifecycle.stage))) / (host * self.config.epochs)
+
+    def _score(self) -> Tensor:
+        """[N], improvement over the twin: of the final loss, or where priced of the mean loss over compute, for which a
+        grown host is done earlier, since its epochs cost more."""
+        p, everyone = self.population, torch.arange(self.num_envs)
+        loss, twin = p.validation_loss.cpu(), self._twin[everyone, p.epoch]
+        area = self._area / self._spent.clamp(1e-9, 1)
+        so_far = self._twin[:, 1 : self.config.epochs + 1].cumsum(1)[everyone, (p.epoch - 1).clamp(min=0)]
+        priced = p.context.priced
+        return gain(
+            torch.where(priced, area, loss), torch.where(priced, so_far / p.epoch.clamp(min=1), twin), self.reference
+        )
+
     def _kept_parameters(self) -> Tensor:
-        return self.population.seed_parameters(is_kept(self.population.lifecycle.stage))[: self.num_envs]
+        return self.population.seed_parameters(is_kept(self.population.lifecycle.stage))
 
     def _flops_ratio(self) -> Tensor:
-        return self.population.extra_flops[: self.num_envs] / (self.config.epochs * self.population.spec.flops)
+        return self.population.extra_flops / (self.config.epochs * self.population.host_flops())
 
     def _price(self) -> Tensor:
-        """[N], what growing has cost if the episode ended now."""
-        weights = self.config.reward
-        parameters = rent(self._kept_parameters(), self.population.spec.parameter_count, self._most_parameters)
-        return weights.rent * parameters + weights.flops * self._flops_ratio()
+        """[N], what growing has cost if the episode ended now; where compute is priced already, parameters only."""
+        p, weights = self.population, self.config.reward
+        context = p.context
+        most = self._largest[context.width] * torch.minimum(context.depth, context.seeds)
+        parameters = rent(self._kept_parameters(), p.host_parameters(), most)
+        return weights.rent * parameters + weights.flops * self._flops_ratio() * ~context.priced
 
     def _summary(self, ended: Tensor, score: Tensor) -> dict[str, Tensor]:
         """What is known of the episodes that have ended in the environments `ended` ([m]); every entry is [m].
 
-        The two accuracies come from the test split; they are for reports and never enter observation or reward.
+        Test accuracies come from the test split; they are for reports and never enter observation or reward. `kind` is an
+        index into `contexts.KINDS`.
         """
-        accuracy = self.population.test_accuracy(torch.cat([ended, ended + self.num_envs]))
+        p = self.population
         return {
             "env": ended,
+            "kind": self._kinds[ended],
             "return": self._returns[ended],
-            "length": self.population.epoch[ended],
+            "length": p.epoch[ended],
             "gain": score[ended],
             "germinated": self._counts[ended, Verb.GERMINATE],
             "fossilized": self._counts[ended, Verb.FOSSILIZE],
             "culled": self._counts[ended, Verb.CULL],
             "waited": self._counts[ended, Verb.WAIT],
-            "params_ratio": 1 + self._kept_parameters()[ended] / self.population.spec.parameter_count,
+            "params_ratio": 1 + self._kept_parameters()[ended] / p.host_parameters()[ended],
             "flops_ratio": self._flops_ratio()[ended],
-            "test_accuracy": accuracy[: len(ended)],
-            "twin_test_accuracy": accuracy[len(ended) :],
+            "validation_accuracy": p.accuracy(ended, "validation").cpu(),
+            "test_accuracy": p.accuracy(ended, "test").cpu(),
+            "twin_validation_accuracy": self._twin[ended, -2],
+            "twin_test_accuracy": self._twin[ended, -1],
         }
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
-    _STATE = ("_seeds", "_episodes", "_returns", "_counts", "_potential")
+    _STATE = ("_seeds", "_episodes", "_kinds", "_returns", "_counts", "_potential", "_area", "_spent", "_twin")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, as tensors in plain containers."""
@@ -202,25 +223,13 @@ class GrowthEnv:
         return self._observe()
 
 
-def host_spec(config: EnvConfig) -> HostSpec:
-    """The architecture that `config` asks for."""
+def population_spec(config: EnvConfig) -> PopulationSpec:
+    """What the hosts that `config` asks for have in common."""
     data = tasks.load(config.task)
-    classes = int(data.train_y.max()) + 1
-    return HostSpec(data.train_x.shape[1], classes, config.host.width, config.host.stages)
+    return PopulationSpec(host_spec(config), tuple(config.blueprints), data, config.training, config.lifecycle)
 
 
-def draw_context(config: EnvConfig, key: Tensor) -> Context:
-    """The contexts of the instances `key` (int64 [m])."""
-    draw = seeding.uniform(seeding.fold(key, _CONTEXT), 3)
-
-    def log_uniform(bounds: list[float] | list[int], u: Tensor) -> Tensor:
-        low, high = torch.tensor(bounds, dtype=torch.float64, device=key.device).log()
-        return (low + (high - low) * u.double()).exp()
-
-    low, high = config.context.label_noise
-    return Context(
-        key=key,
-        learning_rate=log_uniform(config.context.learning_rate, draw[:, 0]).float(),
-        train_size=log_uniform(config.context.train_size, draw[:, 1]).round().long(),
-        label_noise=low + (high - low) * draw[:, 2],
-    )
+def draw_context(config: EnvConfig, key: Tensor) -> tuple[Context, Tensor]:
+    """The contexts of the instances `key` (int64 [m]) and their kinds [m]."""
+    host, classes = config.host, tasks.load(config.task).classes
+    return contexts.draw(config.contexts, host.width, host.stages, config.epochs, classes, key)

@@ -48,7 +48,7 @@ class SingleGrowthEnv(gymnasium.Env):
     Args:
         name: an environment of `conf/env`.
         split: "train" or "heldout" instances.
-        overrides: top-level fields of EnvConfig, for instance `epochs=10`.
+        overrides: as for `load_config`, for instance `contexts="repair"` or `epochs=10`.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012 (Gymnasium's own declaration)

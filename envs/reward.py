@@ -31,14 +31,14 @@ class Reference:
 
 
 def load_reference(name: str) -> Reference:
-    """The stored reference of the environment `name`.
+    """The stored reference of the task `name`.
 
     Raises:
         ConfigError: there is none.
     """
     stored = json.loads((resources.files("envs") / "references.json").read_text())
     if name not in stored:
-        raise ConfigError(f"env.name={name}: no reference stored; run `python scripts/references.py {name}` first")
+        raise ConfigError(f"env.task={name}: no reference stored; run `python scripts/references.py {name}` first")
     return Reference(stored[name]["static"], stored[name]["large"])
 
 
@@ -47,12 +47,12 @@ def gain(loss: Tensor, twin_loss: Tensor, reference: Reference) -> Tensor:
     return ((twin_loss - loss) / reference.gap).nan_to_num(nan=LOWEST).clamp(LOWEST, HIGHEST)
 
 
-def rent(kept: Tensor, host: int, most: int) -> Tensor:
-    """`log(P / P0) / log(Pmax / P0)`, in [0, 1].
+def rent(kept: Tensor, host: Tensor, most: Tensor) -> Tensor:
+    """`log(P / P0) / log(Pmax / P0)`, in [0, 1]: [N].
 
     Args:
         kept: parameters of the seeds that stay, [N].
-        host: parameters of the host, P0.
-        most: parameters of the largest seeds in every slot, Pmax - P0.
+        host: parameters of the host, P0, [N].
+        most: parameters of the largest seeds in every slot, Pmax - P0, [N].
     """
-    return torch.log1p(kept / host) / torch.log1p(torch.tensor(most / host))
+    return torch.log1p(kept / host) / torch.log1p(most / host)

@@ -57,14 +57,14 @@ class EvaluationConfig:
     baselines: Any = "all"  # "all", "none", or a list of names
     controllers: BaselinesConfig = field(default_factory=BaselinesConfig)  # knobs of the baselines
 
-    def names(self, prefix: str = "") -> list[str]:
-        """The chosen baselines.
+    def names(self, instances: str, prefix: str = "") -> list[str]:
+        """The chosen baselines for an environment with those instances; "all" leaves out what has not been fitted.
 
         Raises:
             ConfigError: one is unknown.
         """
         if self.baselines in ("all", "none"):
-            return list(baselines.NAMES) if self.baselines == "all" else []
+            return list(baselines.usable(instances)) if self.baselines == "all" else []
         chosen = [self.baselines] if isinstance(self.baselines, str) else list(self.baselines)
         for name in chosen:
             if name not in baselines.NAMES:
@@ -72,16 +72,17 @@ class EvaluationConfig:
                 raise ConfigError(f"{prefix}baselines={name}: no such baseline; choose all, none, or from {known}")
         return chosen
 
-    def validate(self, blueprints: int, prefix: str) -> None:
-        """Checks the values against an environment with that many blueprints.
+    def validate(self, env: EnvConfig, prefix: str) -> None:
+        """Checks the values against an environment.
 
         Raises:
             ConfigError: names the key, the value and the remedy.
         """
         if self.episodes < 0:
             raise ConfigError(f"{prefix}episodes={self.episodes}: must not be negative")
-        self.names(prefix)
-        self.controllers.validate(blueprints, f"{prefix}controllers")
+        self.controllers.validate(list(env.blueprints), f"{prefix}controllers")
+        for name in self.names(env.instances, prefix):
+            baselines.make(name, self.controllers, env.instances, list(env.blueprints), self.seed)
 
 
 @dataclass
@@ -111,7 +112,7 @@ class TrainConfig:
         self.ppo.validate()
         self.runtime.validate()
         check_positive("checkpoint", {"every": self.checkpoint.every, "keep": self.checkpoint.keep})
-        self.evaluation.validate(len(self.env.blueprints), "evaluation.")
+        self.evaluation.validate(self.env, "evaluation.")
         transitions = self.ppo.num_steps * self.env.num_envs
         if self.ppo.minibatches > transitions:
             raise ConfigError(

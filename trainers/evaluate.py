@@ -30,7 +30,7 @@ def _main(given: DictConfig) -> None:
     else:
         env = settings.env
         env.validate()
-    settings.validate(len(env.blueprints), "")
+    settings.validate(env, "")
     torch.set_num_threads(settings.runtime.threads)
     policy = policy_of(state, settings.runtime.device)
     report = evaluation.evaluate(policy, env, settings, settings.runtime.device, str(path))

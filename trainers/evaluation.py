@@ -108,7 +108,9 @@ def evaluate(
     comparison with Tamiyo: IQM of the difference and the probability of improvement.
     """
     controllers: dict[str, Controller] = {TAMIYO: TamiyoController(policy, settings.seed, settings.deterministic)}
-    controllers |= {name: baselines.make(name, settings.controllers, settings.seed) for name in settings.names()}
+    for name in settings.names(config.instances):
+        kinds = list(config.blueprints)
+        controllers[name] = baselines.make(name, settings.controllers, config.instances, kinds, settings.seed)
     report: dict[str, Any] = {
         "environment": config.name,
         "checkpoint": checkpoint,

@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-VERSION = 1
+VERSION = 2
 
 Relation = tuple[str, str, str]
 """(source node type, name, target node type)"""
@@ -60,6 +60,8 @@ _NODES: dict[str, tuple[str, ...]] = {
         "log_parameter_growth",
         "extra_flops_ratio",
         "live_fraction",
+        "seeds_left",
+        "priced",
     ),
     "layer": (
         "depth_fraction",
@@ -73,7 +75,7 @@ _NODES: dict[str, tuple[str, ...]] = {
     "activation": (
         *(f"is_{kind}" for kind in ACTIVATION_KINDS),
         "dead_fraction",
-        "saturated_fraction",
+        "zero_derivative_fraction",
         "mean",
         "std",
         "effective_rank",
@@ -84,7 +86,7 @@ _NODES: dict[str, tuple[str, ...]] = {
         *(f"is_{stage}" for stage in STAGES),
         "alpha",
         "epochs_in_stage",
-        *_optional("log_seed_gradient_rms", "contribution"),
+        *_optional("log_growth_gradient", "log_seed_gradient_rms", "contribution"),
         "contribution_age",
         *_optional("change_since_germination"),
         "embargo_left",

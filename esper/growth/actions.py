@@ -15,6 +15,7 @@ from torch import Tensor
 
 from esper.growth.lifecycle import Event, legal
 from esper.growth.population import Population
+from esper.growth.state import PopulationState
 
 RAMPS = (1, 3, 5, 8)
 """Epochs of the alpha ramp that BLEND can ask for."""
@@ -71,38 +72,40 @@ class ActionLayout:
             raise ValueError(f"no action {verb.name}(slot {slot}, choice {choice}) with {self}")
         return rows.index((verb, slot, choice))
 
-    def mask(self, stage: Tensor) -> Tensor:
-        """bool [N, size]: what the transition table allows in `stage` [N, slots]; WAIT is always legal."""
+    def mask(self, population: PopulationState) -> Tensor:
+        """bool [N, size]: what the transition table allows, where the host has such a slot, has seeds left, and the
+        blueprint fits; WAIT is always legal."""
+        stage = population.lifecycle.stage
         parts = [torch.ones_like(stage[:, :1], dtype=torch.bool)]
         for verb, count in self.choices.items():
-            parts.append(legal(stage, EVENT[verb]).repeat_interleave(count, dim=1))
+            allowed = legal(stage, EVENT[verb])[:, :, None].expand(-1, -1, count)
+            if verb == Verb.GERMINATE:
+                allowed = allowed & population.germinable()
+            parts.append(allowed.flatten(1))
         return torch.cat(parts, dim=1)
 
     def execute(self, population: Population, actions: Tensor) -> Tensor:
-        """Carries out `actions` (int64 [n]) on the first n hosts; returns their verbs [n].
+        """Carries out `actions` (int64 [N], on the CPU); returns their verbs [N].
 
         Raises:
-            ValueError: an action that the transition table refuses, or a number out of range; nothing is changed then.
+            ValueError: an action that the mask refuses, or a number out of range; nothing is changed then.
         """
         if len(actions) and not (int(actions.min()) >= 0 and int(actions.max()) < self.size):
             raise ValueError(f"actions must be in [0, {self.size}), got {actions.tolist()}")
-        allowed = self.mask(population.lifecycle.stage[: len(actions)]).gather(1, actions[:, None]).squeeze(1)
+        allowed = self.mask(population).gather(1, actions[:, None]).squeeze(1)
         if not allowed.all():
             host = int((~allowed).nonzero()[0])
             raise ValueError(f"action {int(actions[host])} is not legal for host {host}: see action_mask")
-        verb, slot, choice = (column.to(actions.device)[actions] for column in self.table())
-        slots = torch.arange(self.slots, device=actions.device)
+        verb, slot, choice = (column[actions] for column in self.table())
+        slots = torch.arange(self.slots)
 
         def where(kind: Verb) -> Tensor:
-            chosen = torch.zeros_like(population.lifecycle.stage, dtype=torch.bool)
-            chosen[: len(actions)] = (verb == kind)[:, None] & (slot[:, None] == slots)
-            return chosen
+            return (verb == kind)[:, None] & (slot[:, None] == slots)
 
-        choices = torch.zeros_like(population.lifecycle.stage)
-        choices[: len(actions)] = choice[:, None]
-        population.germinate(where(Verb.GERMINATE), choices)
-        ramps = torch.tensor(RAMPS, device=actions.device)
-        population.lifecycle.blend(where(Verb.BLEND), ramps[choices.clamp(max=len(RAMPS) - 1)])
+        choices = choice[:, None].expand(-1, self.slots)
+        if (verb == Verb.GERMINATE).any():
+            population.germinate(where(Verb.GERMINATE), choices)
+        population.lifecycle.blend(where(Verb.BLEND), torch.tensor(RAMPS)[choices.clamp(max=len(RAMPS) - 1)])
         population.lifecycle.fire(Event.FOSSILIZE, where(Verb.FOSSILIZE))
         population.lifecycle.fire(Event.CULL, where(Verb.CULL))
         return verb

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from esper.growth import host
+from esper.growth.conditions import LEARNING_RATE_SPIKE, Condition
+from esper.growth.graft import Grafts
 from esper.growth.lifecycle import Stage, is_live
-from esper.growth.parameters import views
 from esper.growth.state import PopulationState
+from esper.growth.statistics import growth_gradient
+
+_LANES = 64  # a fused kernel rounds the elements that do not fill a SIMD vector differently
 
 
 class EpochRun:
-    """One epoch's worth of optimisation over one flat vector: all host parameters, then those of every live seed.
+    """One epoch's worth of optimisation over one flat vector: all host parameters, then the seeds of each blueprint.
 
     A flat vector makes Adam a handful of operations whatever lives in the population, and the gradient of a `split` is
     one concatenation.
@@ -20,88 +25,86 @@ class EpochRun:
 
     def __init__(self, population: PopulationState):
         p = self.population = population
-        stage, kind = p.lifecycle.stage, p.lifecycle.blueprint
-        self.groups: list[tuple[int, int, Tensor]] = []  # (slot, blueprint, hosts)
-        for slot in range(p.slots):
-            for blueprint in range(len(p.catalogue)):
-                hosts = (is_live(stage[:, slot]) & (kind[:, slot] == blueprint)).nonzero().squeeze(1)
-                if len(hosts):
-                    self.groups.append((slot, blueprint, hosts))
+        stage, kinds = p.lifecycle.stage, p.lifecycle.blueprint
+        everyone = torch.arange(p.hosts)
+        live = kinds.masked_fill(~is_live(stage), -1)
+        self.grafts = Grafts(p, everyone, live, p.lifecycle.alpha, stage == Stage.TRAINING)
+        blocks = self.grafts.blocks
+        # A row is one host or one seed.
+        self.shapes = [(p.hosts, p.table.size)] + [(len(h), p.seed_tables[k].size) for k, h, _, _ in blocks]
+        self.sizes = [rows * width for rows, width in self.shapes]
+        self.sizes.append(-sum(self.sizes) % _LANES)
+        rates = p.context.learning_rate * self._spike()
+        self.host_rate = p.moved(rates)
+        self.rates = [p.moved(rates.double())] + [p.moved(rates[h].double()) for _, h, _, _ in blocks]
+        self.steps = [p.steps] + [p.seed_steps[h, s] for _, h, s, _ in blocks]
         self.theta = self._gather(p.theta, p.seed_theta)
         self.exp_avg = self._gather(p.exp_avg, p.seed_exp_avg)
         self.exp_avg_sq = self._gather(p.exp_avg_sq, p.seed_exp_avg_sq)
-        # A row is one host or one seed; every element of `theta` belongs to one.
-        counts = [p.hosts] + [len(hosts) for _, _, hosts in self.groups]
-        widths = [p.theta.shape[1]] + [p.seed_theta[b].shape[2] for _, b, _ in self.groups]
-        self.shapes = list(zip(counts, widths, strict=True))
-        row_width = torch.cat([torch.full((c,), w, device=p.device) for c, w in self.shapes])
-        self.row = torch.repeat_interleave(torch.arange(len(row_width), device=p.device), row_width)
-        everyone = [torch.arange(p.hosts, device=p.device)] + [hosts for _, _, hosts in self.groups]
-        self.learning_rate = p.context.learning_rate[torch.cat(everyone)].double()
-        self.steps = torch.cat([p.steps] + [p.seed_steps[hosts, slot] for slot, _, hosts in self.groups])
-        self.alpha = [p.lifecycle.alpha[hosts, slot].view(-1, 1, 1) for slot, _, hosts in self.groups]
-        # bool [m, 1, 1] per group, or None where no seed of it is in TRAINING
-        self.isolated: list[Tensor | None] = []
-        for slot, _, hosts in self.groups:
-            isolated = stage[hosts, slot] == Stage.TRAINING
-            self.isolated.append(isolated.view(-1, 1, 1) if isolated.any() else None)
+        self.update = torch.zeros_like(self.theta)
+        self.at, self.gain = p.activations(), p.gain()
         self.backward_rms = torch.zeros(p.hosts, p.slots, device=p.device)
+        self.growth_gradient = torch.zeros(p.hosts, p.slots, device=p.device)
         self.taken = 0
 
+    def _spike(self) -> Tensor:
+        """[N], the factor on the learning rate: a stage that saturates mid-training does so in a spike."""
+        context = self.population.context
+        now = context.strike_epoch == self.population.epoch[:, None]
+        return torch.where((now & (context.strike == Condition.SATURATED)).any(1), LEARNING_RATE_SPIKE, 1.0)
+
     def _gather(self, host_state: Tensor, seed_state: list[Tensor]) -> Tensor:
-        parts = [host_state] + [seed_state[b][hosts, slot] for slot, b, hosts in self.groups]
+        parts = [host_state, *self.grafts.gathered(seed_state), host_state.new_zeros(self.sizes[-1])]
         return torch.cat([part.reshape(-1) for part in parts])
 
     def _split(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split([c * w for c, w in self.shapes])
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        parts = flat.split(self.sizes)
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=False)]
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One optimiser step of all on x [N, batch, inputs], y [N, batch]; returns the loss [N] before it."""
+        """One optimiser step of all on x [N, batch, tokens, inputs], y [N, batch] or [N, batch, tokens]; returns the
+        loss [N] before it."""
         p = self.population
         self.theta.requires_grad_(True)
-        host_flat, *seed_flat = self._split(self.theta)
-        seeds = [p.seed_views(b, flat) for (_, b, _), flat in zip(self.groups, seed_flat, strict=True)]
-
-        def graft(slot: int, h: Tensor) -> Tensor:
-            grafted = h
-            for group, (at, blueprint, hosts) in enumerate(self.groups):
-                if at != slot:
-                    continue
-                isolated = self.isolated[group]
-                source = h.index_select(0, hosts)
-                # In TRAINING the seed learns on a detached input by a straight-through gradient: `delta - delta` is
-                # exactly 0, so that the host trains as if the seed were not there (also where it has overflowed).
-                if isolated is not None:
-                    source = torch.where(isolated, source.detach(), source)
-                delta = p.catalogue[blueprint].delta(seeds[group], source)
-                through = self.alpha[group] * delta
-                if isolated is not None:
-                    through = torch.where(isolated, (delta - delta.detach()).nan_to_num(0.0), through)
-                grafted = grafted.index_add(0, hosts, through)
-            return grafted
-
-        logits, activations = host.forward(p.spec, views(p.host_specs, host_flat), x, graft)
-        losses = host.cross_entropy(logits, y).mean(1)
-        last = self.taken == p.training.steps_per_epoch - 1
-        wanted = [self.theta, *activations] if last else [self.theta]
+        host_flat, *seed_flats = self._split(self.theta)
+        self.grafts.use(seed_flats)
+        logits, trace = host.forward(p.spec, p.table.views(host_flat), x, self.at, self.gain, self.grafts)
+        losses = host.cross_entropy(logits, y.flatten(1)).mean(1)
+        last = self.taken == p.training.steps_per_epoch - 1 and p.setup.measured
+        wanted = [self.theta, *trace.outputs] if last else [self.theta]
         gradient, *signals = torch.autograd.grad(losses.sum(), wanted)
         self.theta = self.theta.detach()
         if last:
             self.backward_rms = torch.stack([s.square().mean((1, 2)).sqrt() for s in signals], dim=1)
-        self._adam(gradient)
+            self.growth_gradient = growth_gradient([s.detach() for s in trace.sources], signals)
         self.taken += 1
+        self._adam(gradient)
         return losses.detach()
 
     def _adam(self, gradient: Tensor) -> None:
+        """theta -= rate * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + epsilon), the efficient order of Adam's
+        section 2, since every row has a t and a rate of its own."""
         t = self.population.training
-        self.steps += 1
-        self.exp_avg.lerp_(gradient, 1 - t.beta1)
-        self.exp_avg_sq.mul_(t.beta2).addcmul_(gradient, gradient, value=1 - t.beta2)
-        size = (self.learning_rate / (1 - t.beta1 ** self.steps.double())).float()
-        root = (1 - t.beta2 ** self.steps.double()).sqrt().float()
-        denominator = self.exp_avg_sq.sqrt().div_(root[self.row]).add_(t.epsilon)
-        self.theta -= size[self.row] * self.exp_avg / denominator
+        self.update.zero_()
+        # One pass for m, v and m / (sqrt(v) + epsilon); so late a step has no bias left to correct.
+        late = torch.full((), 1e9, device=self.theta.device)
+        state = [[self.update], [gradient], [self.exp_avg], [self.exp_avg_sq], [], [late]]
+        adam(
+            *state,
+            fused=True,
+            amsgrad=False,
+            beta1=t.beta1,
+            beta2=t.beta2,
+            lr=1.0,
+            weight_decay=0.0,
+            eps=t.epsilon,
+            maximize=False,
+        )
+        thetas, updates = self._split(self.theta), self._split(self.update)
+        for theta, update, rate, before in zip(thetas, updates, self.rates, self.steps, strict=True):
+            count = (before + self.taken).double()
+            size = rate * (1 - t.beta2**count).sqrt() / (1 - t.beta1**count)
+            theta.addcmul_(update, size.float()[:, None])
 
     def finish(self) -> None:
         """Writes parameters and moments back to the population."""
@@ -110,11 +113,11 @@ class EpochRun:
         for flat, name in targets:
             host_part, *seed_parts = self._split(flat)
             setattr(p, name, host_part)
-            for (slot, b, hosts), part in zip(self.groups, seed_parts, strict=True):
-                getattr(p, f"seed_{name}")[b][hosts, slot] = part
+            for (kind, hosts, slots, _), part in zip(self.grafts.blocks, seed_parts, strict=True):
+                getattr(p, f"seed_{name}")[kind][hosts, slots] = part
         p.steps += self.taken
-        for slot, _, hosts in self.groups:
-            p.seed_steps[hosts, slot] += self.taken
+        for _, hosts, slots, _ in self.grafts.blocks:
+            p.seed_steps[hosts, slots] += self.taken
 
     def moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of the host parameters, each [N, P]: the running mean of g^2, that of g, and the last update's size.
@@ -123,15 +126,16 @@ class EpochRun:
         """
         t, p = self.population.training, self.population
         steps = p.steps.double()[:, None]
-        mean = (p.exp_avg / (1 - t.beta1**steps)).float()
-        square = (p.exp_avg_sq / (1 - t.beta2**steps)).float()
-        return square, mean, p.context.learning_rate[:, None] * mean / (square.sqrt() + t.epsilon)
+        mean = p.exp_avg / (1 - t.beta1**steps).float()
+        square = p.exp_avg_sq / (1 - t.beta2**steps).float()
+        return square, mean, self.host_rate[:, None] * mean / (square.sqrt() + t.epsilon)
 
     def seed_gradient_rms(self) -> Tensor:
         """[N, slots], 0 where no seed lives."""
         p, t = self.population, self.population.training
         rms = torch.zeros(p.hosts, p.slots, device=p.device)
-        for (slot, _, hosts), part in zip(self.groups, self._split(self.exp_avg_sq)[1:], strict=True):
-            debias = 1 - t.beta2 ** p.seed_steps[hosts, slot].double()
-            rms[hosts, slot] = (part.mean(1) / debias).sqrt().float()
+        for (kind, hosts, slots, _), part in zip(self.grafts.blocks, self._split(self.exp_avg_sq)[1:], strict=True):
+            debias = 1 - t.beta2 ** p.seed_steps[hosts, slots].double()
+            owned = p.seed_tables[kind].count[p.moved(p.context.width[hosts])]
+            rms[hosts, slots] = (part.sum(1) / owned / debias).sqrt().float()
         return rms

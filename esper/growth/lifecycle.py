@@ -75,11 +75,13 @@ class LifecycleSpec:
         embargo_epochs: epochs that a culled slot rests.
         auto_blend: epochs in TRAINING after which blending starts by itself; None waits for BLEND.
         auto_ramp: epochs of the alpha ramp that auto_blend starts.
+        zero_init: seeds start with an output of 0 instead of a random one.
     """
 
     embargo_epochs: int = 3
     auto_blend: int | None = 2
     auto_ramp: int = 3
+    zero_init: bool = False
 
 
 @dataclass

@@ -1,7 +1,4 @@
-"""From a population's stacked statistics to a GraphBatch, without a loop over hosts, nodes or edges.
-
-The topology follows from the host's architecture alone, so it is made once and expanded over the hosts.
-"""
+"""From a population's stacked statistics to a GraphBatch, without a loop over hosts, nodes or edges."""
 
 from __future__ import annotations
 
@@ -12,14 +9,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from esper.graph import Edges, GraphBatch
-from esper.graph.schema import ACTIVATION_KINDS, LAYER_KINDS, SCHEMA, Relation
+from esper.graph.schema import ACTIVATION_KINDS, LAYER_KINDS, SCHEMA
 from esper.graph.space import BOUND
 from esper.growth.actions import ActionLayout
 from esper.growth.lifecycle import Event, Stage, is_kept, is_live, legal
 from esper.growth.population import Population
+from esper.growth.topology import nodes, wirings
 
 SLOPE_SCALE = 10
 """The observation holds the slope of the log validation loss per epoch times this."""
+
+SEEDS_SCALE = 4
+"""The observation holds the germinations that are left, at most 8, over this."""
 
 _SLOPE_EPOCHS = 3
 _TINY = 1e-8
@@ -29,13 +30,8 @@ def _log(x: Tensor) -> Tensor:
     return x.clamp(min=_TINY).log()
 
 
-def _pairs(pairs: list[tuple[int, int]]) -> Tensor:
-    """int64 [2, E] from (source, target) pairs, sorted by target, then source."""
-    return torch.tensor(sorted(pairs, key=lambda pair: pair[::-1]), dtype=torch.int64).reshape(-1, 2).T
-
-
 class Observer:
-    """Builds the observation graph of the observed hosts of one population.
+    """Builds the observation graph of every host of a population.
 
     Args:
         population: whose hosts are observed.
@@ -44,125 +40,104 @@ class Observer:
 
     def __init__(self, population: Population, horizon: int):
         self.population, self.horizon = population, horizon
-        spec, device = population.spec, population.device
-        self.layout = ActionLayout(population.slots, len(population.catalogue))
-        stages, layers, kinds = spec.stages, len(spec.layers), len(population.catalogue)
-        fans = torch.tensor(spec.layers, dtype=torch.float32)
-        sizes = fans[:, 0] * fans[:, 1] + fans[:, 1]
-        every = {"layer": layers, "activation": stages, "parameter": 1, "slot": stages, "blueprint": kinds}
-        pairs: dict[Relation, list[tuple[int, int]]] = {
-            ("layer", "feeds", "layer"): [(i, i + 1) for i in range(stages)],
-            ("layer", "feeds", "activation"): [(i, i) for i in range(stages)],
-            ("activation", "feeds", "layer"): [(i, i + 1) for i in range(stages)],
-            ("parameter", "tunes", "layer"): [(0, i) for i in range(layers)],
-            ("slot", "reads", "layer"): [(i, i) for i in range(stages)],
-            ("slot", "writes", "layer"): [(i, i + 1) for i in range(stages)],
-            ("layer", "hosts", "slot"): [(i + side, i) for i in range(stages) for side in (0, 1)],
-            ("slot", "precedes", "slot"): [(i, j) for j in range(stages) for i in range(j)],
-            ("blueprint", "fits", "slot"): [(k, s) for s in range(stages) for k in range(kinds)],
-            ("slot", "fits", "blueprint"): [(s, k) for s in range(stages) for k in range(kinds)],
-            **{("global", "writes", node): [(0, i) for i in range(count)] for node, count in every.items()},
-            **{(node, "informs", "global"): [(i, 0) for i in range(count)] for node, count in every.items()},
-        }
-        self._index = {relation: _pairs(pairs[relation]).to(device) for relation in SCHEMA.relations}
-        seed_sizes = torch.tensor([b.parameter_count(spec.width) for b in population.catalogue], dtype=torch.float32)
-        flags = [[b.mixes_tokens, b.gated, b.residual, b.widens] for b in population.catalogue]
-        flops = torch.tensor([b.flops(spec.width) for b in population.catalogue], dtype=torch.float32)
-        self._relative_cost = torch.log1p(seed_sizes / spec.parameter_count).to(device)  # [K]
-        self._blueprint_static = torch.cat(
-            [
-                _log(seed_sizes / spec.parameter_count)[:, None],
-                _log(flops / spec.flops)[:, None],
-                torch.tensor(flags, dtype=torch.float32),
-            ],
-            dim=1,
-        ).to(device)  # [K, 6]
-        linear = F.one_hot(torch.tensor(LAYER_KINDS.index("linear")), len(LAYER_KINDS)).float()
-        self._layer_static = torch.cat(
-            [
-                (torch.arange(layers) / (layers - 1))[:, None],
-                linear.expand(layers, -1),
-                _log(fans) / math.log(64),
-                _log(sizes)[:, None] / math.log(1000),
-            ],
-            dim=1,
-        ).to(device)  # [L, 1 + kinds + 3]
+        p, spec = population, population.spec
+        self.layout = ActionLayout(p.slots, len(p.catalogue))
+        self._nodes = nodes(p.slots, len(p.catalogue))
+        self._wiring = wirings(p.slots, len(p.catalogue))
+        widths = range(spec.width + 1)
+        self._fans = torch.tensor([spec.fans(max(w, 1)) for w in widths], dtype=torch.float32)  # [width + 1, L, 2]
+        flags = [[b.mixes_tokens, b.gated, b.residual, b.widens] for b in p.catalogue]
+        self._flags = torch.tensor(flags, dtype=torch.float32)  # [K, 4]
+        kinds = ["linear" if spec.taps == 1 else "conv"] * spec.layers
+        kinds[0] = kinds[-1] = "linear"
+        index = torch.tensor([LAYER_KINDS.index(kind) for kind in kinds])
+        self._layer_kinds = F.one_hot(index, len(LAYER_KINDS)).float()
         relu = F.one_hot(torch.tensor(ACTIVATION_KINDS.index("relu")), len(ACTIVATION_KINDS)).float()
-        self._activation_static = relu.expand(stages, -1).to(device)
-        self._static_attr = self._static_attributes(fans, sizes)
-
-    def _static_attributes(self, fans: Tensor, sizes: Tensor) -> dict[Relation, Tensor]:
-        """Attributes [E, D] of the relations that training does not change."""
-        device, layers = self.population.device, len(fans)
-        log_ratio = _log(fans[:, 1] / fans[:, 0])
-        attributes = {}
-        for relation in SCHEMA.relations:
-            source, target = self._index[relation].cpu()
-            if relation == ("layer", "feeds", "layer"):
-                gap = (target - source) / (layers - 1)
-                value = torch.stack([gap, log_ratio[target], torch.zeros_like(gap)], dim=1)
-            elif relation == ("layer", "feeds", "activation"):
-                value = torch.stack([source / (layers - 1), log_ratio[source]], dim=1)
-            elif relation == ("activation", "feeds", "layer"):
-                value = torch.stack([target / (layers - 1), log_ratio[target]], dim=1)
-            elif relation == ("parameter", "tunes", "layer"):
-                value = (sizes / sizes.sum())[target][:, None]
-            elif relation == ("slot", "precedes", "slot"):
-                value = ((target - source) / (layers - 1))[:, None]
-            elif relation[0] == "global" or relation[2] == "global":
-                value = torch.ones(source.shape[0], 1)
-            else:
-                continue
-            attributes[relation] = value.to(device)
-        return attributes
+        self._activation_kinds = relu.expand(p.slots, -1)
 
     def __call__(self) -> GraphBatch:
-        """The observation of every observed host, after the last evaluation: N graphs, features in [-BOUND, BOUND]."""
-        n, lifecycle = self.population.observed, self.population.lifecycle
-        stage, alpha, kind = (t[:n] for t in (lifecycle.stage, lifecycle.alpha, lifecycle.blueprint))
+        """The observation of every host after the last evaluation: N graphs, features in [-BOUND, BOUND]."""
+        p = self.population
+        n, depth, width = p.hosts, p.context.depth, p.context.width
+        self._exists = p.layer_exists()  # bool [n, L]
+        self._sizes = p.layer_sizes[width] * self._exists  # [n, L] parameters
+        self._at = self._depths(depth)  # [n, L]
+        features = {
+            "global": self._global(),
+            "layer": self._layer(),
+            "activation": self._activation(),
+            "parameter": self._parameter(),
+            "slot": self._slot(),
+            "blueprint": self._blueprint(),
+        }
+        stage = self._exists[:, 1:-1]
+        node_mask = {node: torch.ones(n, count, dtype=torch.bool) for node, count in (("global", 1), *self._nodes.items())}
+        node_mask |= {"layer": self._exists, "activation": stage, "slot": stage}
         x = {
-            "global": self._global(n),
-            "layer": self._layer(n),
-            "activation": self._activation(n),
-            "parameter": self._parameter(n),
-            "slot": self._slot(n),
-            "blueprint": self._blueprint(n),
+            node: (value.nan_to_num(nan=BOUND).clamp(-BOUND, BOUND) * p.moved(node_mask[node])[..., None])
+            for node, value in features.items()
         }
-        x = {node: value.nan_to_num(nan=BOUND).clamp(-BOUND, BOUND) for node, value in x.items()}
-        node_mask = {
-            node: torch.ones(value.shape[:2], dtype=torch.bool, device=value.device) for node, value in x.items()
-        }
-        scaled_stage = stage / len(Stage)
-        germinable = legal(stage, Event.GERMINATE).float()
+        edges = self._edges(depth)
+        batch = GraphBatch(x, node_mask, edges, self.layout.mask(p))
+        return batch if p.device.type == "cpu" else batch.to(p.device, non_blocking=True)
+
+    def _depths(self, depth: Tensor) -> Tensor:
+        """[n, L], how deep each layer sits: 0 for the stem, 1 for the head."""
+        layer = torch.arange(self.population.spec.layers)
+        at = layer / (depth[:, None] + 1)
+        return torch.where(layer == len(layer) - 1, 1.0, at)
+
+    def _edges(self, depth: Tensor) -> dict:
+        p, lifecycle = self.population, self.population.lifecycle
+        stage, alpha, kind = lifecycle.stage, lifecycle.alpha, lifecycle.blueprint
+        fans = self._fans[p.context.width]
+        ratio = _log(fans[:, :, 1] / fans[:, :, 0])
+        share = self._sizes / self._sizes.sum(1, keepdim=True)
+        germinable = (legal(stage, Event.GERMINATE)[:, :, None] & p.germinable()).float()
+        cost = torch.log1p(p.seed_sizes[p.context.width] / self._sizes.sum(1, keepdim=True))  # [n, K]
         edges = {}
         for relation in SCHEMA.relations:
-            source, target = self._index[relation]
-            if relation in self._static_attr:
-                attr = self._static_attr[relation].expand(n, -1, -1)
+            source, target, mask = self._wiring[relation].of(depth)
+            if relation == ("layer", "feeds", "layer"):
+                gap = self._at.gather(1, target) - self._at.gather(1, source)
+                attr = [gap, ratio.gather(1, target), torch.zeros_like(gap)]
+            elif relation == ("layer", "feeds", "activation"):
+                attr = [self._at.gather(1, source), ratio.gather(1, source)]
+            elif relation == ("activation", "feeds", "layer"):
+                attr = [self._at.gather(1, target), ratio.gather(1, target)]
+            elif relation == ("parameter", "tunes", "layer"):
+                attr = [share.gather(1, target)]
+            elif relation == ("slot", "precedes", "slot"):
+                attr = [(target - source) / (depth[:, None] + 1)]
+            elif "global" in relation:
+                attr = [torch.ones(source.shape)]
             elif "blueprint" in relation:
                 slot, blueprint = (target, source) if relation[0] == "blueprint" else (source, target)
-                lives_here = alpha[:, slot] * (kind[:, slot] == blueprint)
-                cost = self._relative_cost[blueprint].expand(n, -1)
-                attr = torch.stack([germinable[:, slot], cost, lives_here], dim=2)
+                place = slot * len(p.catalogue) + blueprint
+                lives_here = alpha.gather(1, slot) * (kind.gather(1, slot) == blueprint)
+                attr = [germinable.flatten(1).gather(1, place), cost.gather(1, blueprint), lives_here]
             else:
                 slot = target if relation[2] == "slot" else source
-                attr = torch.stack([alpha[:, slot], scaled_stage[:, slot]], dim=2)
-            shape = (n, len(source))
-            mask = torch.ones(shape, dtype=torch.bool, device=attr.device)
-            edges[relation] = Edges(source.expand(shape), target.expand(shape), attr, mask)
-        return GraphBatch(x, node_mask, edges, self.layout.mask(stage))
+                attr = [alpha.gather(1, slot), stage.gather(1, slot) / len(Stage)]
+            value = (torch.stack(attr, dim=2) * mask[..., None]).clamp(-BOUND, BOUND)
+            edges[relation] = Edges(source, target, value, mask)
+        return edges
 
     # ---- node features, in the order of the schema ----------------------------------------------------------------
 
-    def _global(self, n: int) -> Tensor:
+    def _known(self) -> Tensor:
+        """float32 [n, 1]: 1 once a host has been trained."""
+        return self.population.moved((self.population.epoch > 0).float())[:, None]
+
+    def _global(self) -> Tensor:
         p, s = self.population, self.population.statistics
-        fraction = p.epoch[:n] / self.horizon
-        trained = (p.epoch[:n] > 0).float()
+        fraction = p.epoch / self.horizon
+        trained = self._known().squeeze(1)
         validation, log_validation = s.history[:, 0], _log(s.history[:, 0])
         sloped = (s.history_length > _SLOPE_EPOCHS).float()
         slope = (log_validation - _log(s.history[:, _SLOPE_EPOCHS])) / _SLOPE_EPOCHS * SLOPE_SCALE
-        stage = p.lifecycle.stage
-        kept = p.seed_parameters(is_kept(stage))[:n]
+        stage, context = p.lifecycle.stage, p.context
+        size = self._sizes.sum(1)
         columns = [
             fraction,
             1 - fraction,
@@ -173,66 +148,72 @@ class Observer:
             trained,
             slope * sloped,
             sloped,
-            p.context.learning_rate[:n].log10() + 2.5,
-            p.context.train_size[:n].log10() - 2.5,
-            torch.log1p(kept / p.spec.parameter_count),
-            p.extra_flops[:n] / (self.horizon * p.spec.flops),
-            is_live(stage[:n]).float().mean(1),
+            context.learning_rate.log10() + 2.5,
+            context.train_size.float().log10() - 2.5,
+            torch.log1p(p.seed_parameters(is_kept(stage)) / size),
+            p.extra_flops / (self.horizon * p.host_flops()),
+            is_live(stage).sum(1) / context.depth.clamp(min=1),
+            (context.seeds - p.germinated).clamp(max=2 * SEEDS_SCALE) / SEEDS_SCALE,
+            context.priced.float(),
         ]
-        return torch.stack(columns, dim=1)[:, None]
+        return torch.stack([p.moved(column) for column in columns], dim=1)[:, None]
 
-    def _layer(self, n: int) -> Tensor:
-        s = self.population.statistics
-        trained = (self.population.epoch[:n] > 0).float()[:, None].expand_as(s.layer_gradient_rms)
+    def _layer(self) -> Tensor:
+        p, s = self.population, self.population.statistics
+        trained = self._known().expand_as(s.layer_gradient_rms)
+        fans = self._fans[p.context.width]
+        fixed = [
+            self._at[:, :, None],
+            self._layer_kinds.expand(p.hosts, -1, -1),
+            _log(fans) / math.log(64),
+            _log(self._sizes)[:, :, None] / math.log(1000),
+        ]
         columns = [
             s.layer_weight_rms,
             (_log(s.layer_gradient_rms) + 5) / 2 * trained,
             trained,
-            (_log(s.layer_update_rms / s.layer_weight_rms.clamp(min=_TINY)) + 5) / 2 * trained,
+            (_log(s.layer_update_rms / (s.layer_weight_rms + _TINY)) + 5) * trained,
             trained,
             s.layer_signal_to_noise * trained,
             trained,
         ]
-        return torch.cat([self._layer_static.expand(n, -1, -1), torch.stack(columns, dim=2)], dim=2)
+        return torch.cat([p.moved(torch.cat(fixed, dim=2)), torch.stack(columns, dim=2)], dim=2)
 
-    def _activation(self, n: int) -> Tensor:
-        s = self.population.statistics
-        trained = (self.population.epoch[:n] > 0).float()[:, None].expand_as(s.activation_backward_rms)
+    def _activation(self) -> Tensor:
+        p, s = self.population, self.population.statistics
+        trained = self._known().expand_as(s.activation_backward_rms)
         backward = (_log(s.activation_backward_rms) + 8) / 2 * trained
-        return torch.cat(
-            [
-                self._activation_static.expand(n, -1, -1),
-                s.activations,
-                torch.stack([backward, trained], dim=2),
-            ],
-            dim=2,
-        )
+        kinds = p.moved(self._activation_kinds).expand(p.hosts, -1, -1)
+        return torch.cat([kinds, s.activations, torch.stack([backward, trained], dim=2)], dim=2)
 
-    def _parameter(self, n: int) -> Tensor:
+    def _parameter(self) -> Tensor:
         p = self.population
-        trained = (p.epoch[:n] > 0).float()
+        trained = self._known().squeeze(1)
         constant = torch.ones_like(trained)
         columns = [
-            p.context.learning_rate[:n].log10() + 2.5,
+            p.moved(p.context.learning_rate.log10() + 2.5),
             constant * p.training.beta1,
             constant * 0.0,
             (_log(p.statistics.update_rms) + 6) * trained,
             trained,
-            constant * math.log(p.spec.parameter_count) / math.log(1000),
+            p.moved(_log(self._sizes.sum(1)) / math.log(1000)),
         ]
         return torch.stack(columns, dim=1)[:, None]
 
-    def _slot(self, n: int) -> Tensor:
+    def _slot(self) -> Tensor:
         p, s = self.population, self.population.statistics
-        stage, epochs = p.lifecycle.stage[:n], p.lifecycle.epochs[:n]
+        stage, epochs = p.moved(p.lifecycle.stage), p.moved(p.lifecycle.epochs)
         embargo = max(p.lifecycle_spec.embargo_epochs, 1)
         # A seed that has just been germinated has had no gradient yet.
-        driven = (is_live(stage) & (p.seed_steps[:n] > 0)).float()
+        driven = (is_live(stage) & (p.seed_steps > 0)).float()
         live = is_live(stage).float()
         contribution = s.contribution_known.float()
+        trained = self._known().expand_as(live)
         columns = [
-            p.lifecycle.alpha[:n],
+            p.moved(p.lifecycle.alpha),
             epochs / self.horizon,
+            (_log(s.growth_gradient) + 3) / 2 * trained,
+            trained,
             (_log(s.seed_gradient_rms) + 5) / 2 * driven,
             driven,
             s.contribution * contribution,
@@ -244,9 +225,11 @@ class Observer:
         ]
         return torch.cat([F.one_hot(stage, len(Stage)).float(), torch.stack(columns, dim=2)], dim=2)
 
-    def _blueprint(self, n: int) -> Tensor:
-        s = self.population.statistics
+    def _blueprint(self) -> Tensor:
+        p, s = self.population, self.population.statistics
+        width = p.context.width
+        sizes = _log(p.seed_sizes[width] / self._sizes.sum(1, keepdim=True))
+        flops = _log(p.seed_flops[width] / p.host_flops()[:, None])
+        fixed = torch.cat([torch.stack([sizes, flops], dim=2), self._flags.expand(p.hosts, -1, -1)], dim=2)
         known = s.fared_known.float()
-        return torch.cat(
-            [self._blueprint_static.expand(n, -1, -1), torch.stack([s.fared * known, known], dim=2)], dim=2
-        )
+        return torch.cat([p.moved(fixed), torch.stack([s.fared * known, known], dim=2)], dim=2)

@@ -1,25 +1,81 @@
-"""Flat storage of stacked parameters: where it starts and how it is viewed."""
+"""Flat storage of stacked parameters: where each starts, which entries a narrower network has, how it is viewed."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from esper.growth.blueprints import ParameterSpec
 from esper.runtime import seeding
 
 
-def views(specs: list[ParameterSpec], flat: Tensor) -> list[Tensor]:
-    """Splits [M, P] into one [M, *shape] view per parameter."""
-    parts = flat.split([spec.size for spec in specs], dim=1)
-    return [part.view(-1, *spec.shape) for part, spec in zip(parts, specs, strict=True)]
+@dataclass(frozen=True)
+class ParameterSpec:
+    """Shape of one parameter, and how it starts.
+
+    `uniform`: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) with fan_in = `fan_in` or the last dimension, as torch.nn.Linear;
+    `he`: sqrt(6) times as wide, which keeps the scale of a ReLU network's signal (He et al., arXiv 1502.01852).
+    `output` marks what a seed's output is linear in: it starts at 0 when seeds are to start at 0.
+    """
+
+    shape: tuple[int, ...]
+    init: Literal["uniform", "he", "zeros", "ones"] = "uniform"
+    fan_in: int | None = None
+    output: bool = False
+
+    @property
+    def size(self) -> int:
+        size = 1
+        for extent in self.shape:
+            size *= extent
+        return size
 
 
-def initial(specs: list[ParameterSpec], key: Tensor) -> Tensor:
-    """[m, P] initial values for the keys [m]."""
-    draws = seeding.uniform(key, sum(spec.size for spec in specs)).split([spec.size for spec in specs], dim=1)
-    values = []
-    for spec, draw in zip(specs, draws, strict=True):
-        bound = (spec.fan_in or spec.shape[-1]) ** -0.5
-        values.append({"uniform": (2 * draw - 1) * bound, "zeros": draw * 0, "ones": draw * 0 + 1}[spec.init])
-    return torch.cat(values, dim=1)
+class ParameterTable:
+    """The parameters of one kind of network at every width up to `widest`, stored in the layout of the widest.
+
+    A narrower network owns the leading entries of each dimension; the others are 0 and stay so, since nothing flows
+    through them.
+
+    Args:
+        specs: width -> the specs; the same number, each of the same rank, for every width.
+        widest: the width of the storage.
+    """
+
+    def __init__(self, specs: Callable[[int], list[ParameterSpec]], widest: int, zero_output: bool = False):
+        self.specs = specs(widest)
+        self.size = sum(spec.size for spec in self.specs)
+        self.sizes = [spec.size for spec in self.specs]
+        owned, scale, offset = [], [], []
+        for width in range(widest + 1):
+            rows: list[list[Tensor]] = [[], [], []]
+            for spec, full in zip(specs(max(width, 1)), self.specs, strict=True):
+                inside = torch.zeros(full.shape)
+                inside[tuple(slice(extent) for extent in spec.shape)] = float(width > 0)
+                bound = ((6 if spec.init == "he" else 1) / (spec.fan_in or spec.shape[-1])) ** 0.5
+                uniform = spec.init in ("uniform", "he") and not (zero_output and spec.output)
+                rows[0].append(inside.flatten())
+                rows[1].append(inside.flatten() * (bound if uniform else 0.0))
+                rows[2].append(inside.flatten() * float(spec.init == "ones"))
+            for table, row in zip((owned, scale, offset), rows, strict=True):
+                table.append(torch.cat(row))
+        self.owned, self._scale, self._offset = (torch.stack(t) for t in (owned, scale, offset))  # [widest + 1, P]
+        self.count = self.owned.sum(1)  # float32 [widest + 1]
+
+    def to(self, device: torch.device | str) -> ParameterTable:
+        for name in ("owned", "_scale", "_offset", "count"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def initial(self, key: Tensor, width: Tensor) -> Tensor:
+        """[m, P] initial values for the keys [m] at the widths [m]."""
+        draws = 2 * seeding.uniform(key, self.size) - 1
+        return draws * self._scale[width] + self._offset[width]
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Splits [M, P] into one [M, *shape] view per parameter."""
+        parts = flat.split(self.sizes, dim=1)
+        return [part.view(-1, *spec.shape) for part, spec in zip(parts, self.specs, strict=True)]

@@ -12,55 +12,87 @@ import torch
 from torch import Tensor
 
 from esper.growth import host
+from esper.growth.conditions import NEVER, initial_scale, kept_at_start
+from esper.growth.context import Context
 from esper.growth.epoch import EpochRun
+from esper.growth.graft import Grafts
+from esper.growth.host import Trace
 from esper.growth.lifecycle import Event, Stage, is_live
-from esper.growth.parameters import initial, views
-from esper.growth.state import Context, PopulationState
-from esper.growth.statistics import activation_statistics
+from esper.growth.state import PopulationState
+from esper.growth.statistics import SAMPLES, activation_statistics
 from esper.runtime import seeding
 
 # Salts that keep the streams of one host key apart.
-_INIT, _SUBSET, _NOISE, _ORDER, _SEED = range(1, 6)
+_INIT, _SUBSET, _NOISE, _ORDER, _SEED, _SPARSE, _CLASSES, _SIGNS = range(1, 9)
 
 
 class Population(PopulationState):
-    """N hosts of one architecture, their slots and their seeds.
-
-    Args:
-        spec: architecture of the hosts.
-        catalogue: names of the blueprints that may be germinated, in the order of their indices.
-        data: the task.
-        training: how hosts are trained.
-        lifecycle: rules of the lifecycle.
-        hosts: N.
-        observed: statistics are only collected for the first `observed` hosts (the others are twins); default all.
-        device: where everything lives.
-
-    Raises:
-        KeyError: an unknown blueprint.
-    """
+    """N hosts, their slots and their seeds; see PopulationState for the arguments."""
 
     # ---- episodes -------------------------------------------------------------------------------------------------
 
     def reset(self, where: Tensor, context: Context) -> None:
-        """Starts new episodes for the hosts `where` (int64 [m]) with `context` (each [m]); evaluates them."""
-        key = context.key
-        for name in ("key", "learning_rate", "train_size", "label_noise"):
-            getattr(self.context, name)[where] = getattr(context, name)
-        self.theta[where] = initial(self.host_specs, seeding.fold(key, _INIT))
-        for state in (self.exp_avg, self.exp_avg_sq, self.extra_flops, self.steps, self.epoch):
+        """Starts new episodes for the hosts `where` (int64 [m]) with `context` (m instances); evaluates them.
+
+        Raises:
+            ValueError: a width or depth that the population has no room for.
+        """
+        widest, deepest = int(context.width.max()), int(context.depth.max())
+        if widest > self.spec.width or deepest > self.spec.stages:
+            raise ValueError(
+                f"a host of width {widest} and depth {deepest} in a population of width {self.spec.width} and depth "
+                f"{self.spec.stages}"
+            )
+        self.context.put(where, context)
+        pool, classes = self.subset.shape[1], self.spec.classes
+        size = self.context.train_size[where] = context.train_size.clamp(max=pool)
+        key = context.key.to(self.device)
+        self.theta[where] = self._initial(context, key)
+        for state in (self.exp_avg, self.exp_avg_sq, self.extra_flops, self.steps, self.epoch, self.germinated):
             state[where] = 0
         self.lifecycle.reset(where)
-        pool = self.subset.shape[1]
+
+        # The classes that come before the shift, in the host's own order, and its samples with theirs in front.
+        rank = seeding.permutation(seeding.fold(key, _CLASSES), torch.full_like(key, classes), classes).argsort(1)
+        first = rank < context.first_classes.to(self.device)[:, None]
         order = seeding.permutation(seeding.fold(key, _SUBSET), torch.full_like(key, pool), pool)
         clean = self.data.train_y[order]
-        draws = seeding.uniform(seeding.fold(key, _NOISE), 2 * pool)
-        random = (draws[:, :pool] * self.spec.classes).long()
+        inside = torch.arange(pool, device=self.device) < size.to(self.device)[:, None]
+        if self.spec.per_token or not (context.shift_epoch < NEVER).any():
+            self.first_size[where] = size
+        else:
+            early = first.gather(1, clean) & inside
+            behind = (~early).long() + (~inside).long()
+            order = order.gather(1, behind.argsort(dim=1, stable=True))
+            clean = self.data.train_y[order]
+            self.first_size[where] = early.sum(1).clamp(min=1).cpu()
+        self.first[where] = first
+        flips = seeding.uniform(seeding.fold(key, _SIGNS), self.spec.inputs)
+        self.signs[where] = 1.0 - 2.0 * (flips < context.flipped.to(self.device)[:, None]).float()
+
+        labels = clean.flatten(1)
+        draws = seeding.uniform(seeding.fold(key, _NOISE), 2 * labels.shape[1])
+        random = (draws[:, : labels.shape[1]] * classes).long()
+        noisy = draws[:, labels.shape[1] :] < context.label_noise.to(self.device)[:, None]
         self.subset[where] = order
-        self.labels[where] = torch.where(draws[:, pool:] < context.label_noise[:, None], random, clean)
-        observed = where[where < self.observed]
-        self.statistics.reset(observed)
+        self.labels[where] = torch.where(noisy, random, labels).view_as(clean)
+        self.statistics.reset(where)
         self._evaluate(where)
+
+    def _initial(self, context: Context, key: Tensor) -> Tensor:
+        """[m, P] initial host parameters: those of missing stages are 0, conditions have their say."""
+        theta = self.table.initial(seeding.fold(key, _INIT), context.width.to(self.device))
+        stages, m = torch.arange(self.slots), len(context)
+        edge = torch.ones(m, 1)
+        exists = torch.cat([edge, (stages < context.depth[:, None]).float(), edge], dim=1)
+        scale = torch.cat([edge, initial_scale(context.condition, context.severity), edge], dim=1)
+        weight = torch.tensor([len(p.shape) > 1 and p.shape[-2] > 1 for p in self.table.specs])
+        weight = torch.repeat_interleave(weight, torch.tensor(self.table.sizes))  # bool [P]: of a weight, not a bias
+        layer = self.layer
+        factor = exists[:, layer] * torch.where(weight, scale[:, layer], 1.0)
+        condition = torch.cat([edge * 0, context.condition, edge * 0], dim=1)[:, layer]
+        kept = kept_at_start(condition, seeding.uniform(seeding.fold(context.key, _SPARSE), self.table.size))
+        return theta * (factor * (kept | ~weight)).to(self.device)
 
     def germinate(self, where: Tensor, blueprint: Tensor) -> None:
         """Plants seeds in `where` (bool [N, slots]) of kind `blueprint` (int64 [N, slots], index into the catalogue).
@@ -69,14 +101,19 @@ class Population(PopulationState):
             ValueError: a slot of `where` is not DORMANT.
         """
         self.lifecycle.germinate(where, blueprint)
-        for kind, specs in enumerate(self.seed_specs):
+        self.germinated += where.sum(1)
+        for kind, table in enumerate(self.seed_tables):
             hosts, slots = (where & (blueprint == kind)).nonzero(as_tuple=True)
+            if not len(hosts):
+                continue
             key = seeding.fold(self.context.key[hosts], _SEED, slots, self.epoch[hosts], kind)
-            self.seed_theta[kind][hosts, slots] = initial(specs, key)
+            start = table.initial(key.to(self.device), self.context.width[hosts].to(self.device))
+            self.seed_theta[kind][hosts, slots] = start
             self.seed_exp_avg[kind][hosts, slots] = 0.0
             self.seed_exp_avg_sq[kind][hosts, slots] = 0.0
+        where = where.to(self.device)
         self.seed_steps = self.seed_steps.masked_fill(where, 0)
-        self.statistics.germinated(where[: self.observed], self.validation_loss[: self.observed])
+        self.statistics.germinated(where, self.validation_loss)
 
     def remove_unfinished(self, where: Tensor) -> None:
         """Culls the seeds still in TRAINING or BLENDING of the hosts `where` (bool [N]) and evaluates those anew."""
@@ -85,124 +122,160 @@ class Population(PopulationState):
         self.lifecycle.fire(Event.CULL, unfinished)
         changed = unfinished.any(1).nonzero().squeeze(1)
         if len(changed):
-            loss, _ = self._validate(changed, self.lifecycle.alpha[changed])
-            self.validation_loss[changed] = loss
-            watched = changed < self.observed
-            self.statistics.revise_validation(changed[watched], loss[watched], self.lifecycle.stage)
-
-    # ---- accounts -------------------------------------------------------------------------------------------------
-
-    def seed_parameters(self, mask: Tensor) -> Tensor:
-        """Parameters of the seeds in `mask` (bool [N, slots]), summed per host: float32 [N]."""
-        sizes = self.seed_sizes[self.lifecycle.blueprint.clamp(min=0)]
-        return (sizes * mask).sum(1).float()
+            losses, asked, _ = self._validate(changed, self.lifecycle.alpha[changed])
+            self.validation_loss[changed] = loss = _mean(losses, asked)
+            self.statistics.revise_validation(changed, loss, self.lifecycle.stage.to(self.device))
 
     # ---- training -------------------------------------------------------------------------------------------------
 
     @torch.enable_grad()
-    def train_epoch(self) -> None:
-        """Trains every host for one epoch, evaluates it, refreshes the statistics and lets lifecycles move on."""
+    def train_epoch(self, evaluate: bool = True) -> None:
+        """Trains every host for one epoch, evaluates it, refreshes the statistics and lets lifecycles move on.
+
+        Args:
+            evaluate: False leaves the last evaluation as it is, for forks that are only judged at their end.
+        """
         self.lifecycle.begin_epoch()
-        live = is_live(self.lifecycle.stage)
-        self.extra_flops += (self.seed_flops[self.lifecycle.blueprint.clamp(min=0)] * live).sum(1)
+        self.extra_flops += self.seed_flops_now(is_live(self.lifecycle.stage))
         run = EpochRun(self)
         order = self._epoch_order()
-        x_index = self.subset.gather(1, order.flatten(1)).view_as(order)
-        labels = self.labels.gather(1, order.flatten(1)).view_as(order)
+        index = self.subset.gather(1, order.flatten(1)).view_as(order)
+        shape = (*order.shape, *self.labels.shape[2:])
+        labels = self.labels[torch.arange(self.hosts, device=self.device)[:, None], order.flatten(1)].view(shape)
         losses = []
         for step in range(self.training.steps_per_epoch):
-            losses.append(run.step(self.data.train_x[x_index[:, step]], labels[:, step]))
+            x = self.data.train_x.index_select(0, index[:, step].flatten())  # several times faster than x[index]
+            losses.append(run.step(x.view(*index[:, step].shape, *x.shape[1:]), labels[:, step]))
         run.finish()
         self.epoch += 1
-        self._record(run, torch.stack(losses, dim=1).mean(1))
+        if self.setup.measured:
+            self._record(run, torch.stack(losses, dim=1).mean(1))
+        if evaluate:
+            self._evaluate(torch.arange(self.hosts))
         self.lifecycle.end_epoch(self.lifecycle_spec)
 
     def _epoch_order(self) -> Tensor:
         """[N, steps, batch] positions within each host's training samples for the coming epoch."""
         steps, batch = self.training.steps_per_epoch, self.training.batch_size
-        size = self.context.train_size
-        shuffled = seeding.permutation(seeding.fold(self.context.key, _ORDER, self.epoch), size, self.subset.shape[1])
+        size = torch.where(self.epoch < self.context.shift_epoch, self.first_size, self.context.train_size)
+        size = torch.where(self.context.shift_epoch < NEVER, size, self.context.train_size).to(self.device)
+        key = seeding.fold(self.context.key, _ORDER, self.epoch).to(self.device)
+        shuffled = seeding.permutation(key, size, self.subset.shape[1])
         position = torch.arange(steps * batch, device=self.device) % size[:, None]
         return shuffled.gather(1, position).view(-1, steps, batch)
 
     def _record(self, run: EpochRun, train_loss: Tensor) -> None:
-        n = self.observed
         statistics = self.statistics
-        statistics.train_loss = train_loss[:n]
-        statistics.age_contributions(self.lifecycle.stage[:n])
-        square, mean, update = (t[:n] for t in run.moments())
-        squares = torch.stack([self.theta[:n].square(), square, update.square(), mean.square()], dim=1)
+        statistics.train_loss = train_loss
+        statistics.age_contributions(self.lifecycle.stage.to(self.device))
+        square, mean, update = run.moments()
+        squares = torch.stack([self.theta.square(), square, update.square(), mean.square()], dim=1)
         # One small product per host: one large product would round differently for other numbers of hosts.
-        rms = torch.bmm(squares, self.layer_of.expand(n, -1, -1)).sqrt()  # [n, 4, layers]
+        sums = torch.bmm(squares, self.in_layer.expand(self.hosts, -1, -1))
+        sizes = (self.layer_sizes[self.context.width] * self.layer_exists()).to(self.device)
+        rms = (sums / sizes.clamp(min=1)[:, None]).sqrt()  # [N, 4, layers]
         statistics.layer_weight_rms, statistics.layer_gradient_rms, statistics.layer_update_rms = rms[:, :3].unbind(1)
         statistics.layer_signal_to_noise = rms[:, 3] / (rms[:, 1] + 1e-12)
-        statistics.update_rms = (update**2).mean(1).sqrt()
-        statistics.seed_gradient_rms = run.seed_gradient_rms()[:n]
-        statistics.activation_backward_rms = run.backward_rms[:n]
-        self._evaluate(torch.arange(self.hosts, device=self.device))
+        statistics.update_rms = (sums[:, 2].sum(1) / sizes.sum(1)).sqrt()
+        statistics.seed_gradient_rms = run.seed_gradient_rms()
+        statistics.activation_backward_rms = run.backward_rms
+        statistics.growth_gradient = run.growth_gradient
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _evaluate(self, where: Tensor) -> None:
-        """Validation loss of the hosts `where`, and for the observed ones among them activations and contributions.
+        """Validation loss of the hosts `where`, and if measured their activations and contributions.
 
-        A slot's contribution is the validation loss with its alpha set to 0, minus the loss as is. Every (host, slot)
-        with alpha > 0 is one more row of the same batched forward pass.
+        A slot's contribution is the loss with its alpha set to 0, minus the loss as is, both on the first SAMPLES of the
+        validation split. Every (host, slot) with alpha > 0 is one row of one more batched forward pass.
         """
         alpha = self.lifecycle.alpha
+        losses, asked, trace = self._validate(where, alpha[where])
+        self.validation_loss[where] = _mean(losses, asked)
+        if not self.setup.measured:
+            return
+        statistics = self.statistics
         blended = torch.zeros_like(alpha, dtype=torch.bool)
         blended[where] = alpha[where] > 0
-        blended[self.observed :] = False
-        pair_host, pair_slot = blended.nonzero(as_tuple=True)
-        without = alpha[pair_host].clone()
-        without[torch.arange(len(pair_host), device=self.device), pair_slot] = 0.0
-        rows = torch.cat([where, pair_host])
-        losses, activations = self._validate(rows, torch.cat([alpha[where], without]))
-        self.validation_loss[where] = losses[: len(where)]
-        watched = where < self.observed
-        hosts = where[watched]
-        if not len(hosts):
-            return
-        contribution = losses[len(where) :] - self.validation_loss[pair_host]
-        self.statistics.contribution[pair_host, pair_slot] = contribution
-        self.statistics.contribution_known[pair_host, pair_slot] = True
-        self.statistics.contribution_age[pair_host, pair_slot] = 0
-        self.statistics.activations[hosts] = activation_statistics(
-            torch.stack([a[: len(where)][watched] for a in activations], dim=1)
-        )
-        self.statistics.record_validation(hosts, self.validation_loss[hosts], self.lifecycle)
+        hosts, slots = blended.nonzero(as_tuple=True)
+        if len(hosts):
+            without = alpha[hosts].clone()
+            without[torch.arange(len(hosts)), slots] = 0.0
+            ablated, asked_, _ = self._validate(hosts, without, SAMPLES)
+            samples = ablated.shape[1]
+            place = torch.zeros(self.hosts, dtype=torch.int64)
+            place[where] = torch.arange(len(where))
+            as_is = _mean(losses[place[hosts], :samples], asked[place[hosts], :samples])
+            statistics.contribution[hosts, slots] = _mean(ablated, asked_) - as_is
+            statistics.contribution_known[hosts, slots] = True
+            statistics.contribution_age[hosts, slots] = 0
+        statistics.activations[where] = activation_statistics(trace, self.moved(self.context.width[where]))
+        blueprint = self.moved(self.lifecycle.blueprint[where])
+        statistics.record_validation(where, self.validation_loss[where], blueprint)
 
     @torch.no_grad()
-    def test_accuracy(self, where: Tensor) -> Tensor:
-        """Accuracy of the hosts `where` (int64 [m]) on the test split, in [0, 1]: float32 [m].
+    def accuracy(self, where: Tensor, split: str) -> Tensor:
+        """Accuracy of the hosts `where` (int64 [m]) on the split "validation" or "test", in [0, 1]: float32 [m].
         For reports only: it never enters an observation or a reward."""
-        logits = self._logits_rows(where, self.lifecycle.alpha[where], self.data.test_x)[0]
-        return (logits.argmax(-1) == self.data.test_y).float().mean(1)
+        x, y = getattr(self.data, f"{split}_x"), getattr(self.data, f"{split}_y")
+        logits = self._logits_rows(where, self.lifecycle.alpha[where], x)[0]
+        return (logits.argmax(-1) == y.flatten()).float().mean(1)
 
     @torch.no_grad()
-    def _validate(self, rows: Tensor, alpha: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Validation losses [M] of the hosts `rows` [M] with `alpha` [M, slots], and their activations."""
-        logits, activations = self._logits_rows(rows, alpha, self.data.validation_x)
-        return host.cross_entropy(logits, self.data.validation_y.expand(len(rows), -1)).mean(1), activations
+    def _validate(
+        self, rows: Tensor, alpha: Tensor, samples: int | None = None
+    ) -> tuple[Tensor, Tensor, Trace]:
+        """Of the hosts `rows` [M] with `alpha` [M, slots], on the first `samples` of the validation split: the loss of
+        each label [M, labels], whether it counts (1 or 0), and the trace.
 
-    def _logits_rows(self, rows: Tensor, alpha: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Forward of the hosts `rows` [M] (repeats allowed), all on x [n, inputs], with `alpha` [M, slots]."""
-        members: list[list[tuple[int, Tensor, dict[str, Tensor]]]] = [[] for _ in range(self.slots)]
+        Before a shift a host is only asked for the classes it has met.
+        """
+        logits, trace = self._logits_rows(rows, alpha, self.data.validation_x[:samples])
+        y = self.data.validation_y[:samples].flatten().expand(len(rows), -1)
+        losses = host.cross_entropy(logits, y)
+        unmet = (self.epoch[rows] < self.context.shift_epoch[rows]) & (self.context.shift_epoch[rows] < NEVER)
+        if self.spec.per_token or not unmet.any():
+            return losses, torch.ones_like(losses), trace
+        return losses, (self.first[rows] | ~self.moved(unmet)[:, None]).gather(1, y).float(), trace
+
+    def _logits_rows(self, rows: Tensor, alpha: Tensor, x: Tensor) -> tuple[Tensor, Trace]:
+        """Forward of the hosts `rows` [M] (repeats allowed), all on x [n, tokens, inputs], with `alpha` [M, slots]."""
         kinds = self.lifecycle.blueprint[rows].masked_fill(alpha == 0, -1)
-        for slot in range(self.slots):
-            for kind in range(len(self.catalogue)):
-                index = (kinds[:, slot] == kind).nonzero().squeeze(1)
-                if len(index):
-                    flat = self.seed_theta[kind][rows[index], slot]
-                    members[slot].append((kind, index, self.seed_views(kind, flat)))
+        grafts = Grafts(self, rows, kinds, alpha)
+        grafts.use(grafts.gathered(self.seed_theta))
+        gain, at = self.gain(), self.activations()
+        everyone = rows.to(self.device)
+        return host.forward(
+            self.spec,
+            self.table.views(self.theta[everyone]),
+            x.expand(len(rows), *x.shape),
+            at.map(lambda value: value[everyone]),
+            None if gain is None else gain[everyone],
+            grafts,
+        )
 
-        def graft(slot: int, h: Tensor) -> Tensor:
-            added = h
-            for kind, index, parameters in members[slot]:
-                delta = self.catalogue[kind].delta(parameters, h[index])
-                added = added.index_add(0, index, alpha[index, slot, None, None] * delta)
-            return added
+    # ---- forks ----------------------------------------------------------------------------------------------------
 
-        parameters = views(self.host_specs, self.theta[rows])
-        return host.forward(self.spec, parameters, x.expand(len(rows), -1, -1), graft)
+    def fork(self, rows: Tensor, future: bool = False, measured: bool = False) -> Population:
+        """A population of copies of the hosts `rows` (repeats allowed) that goes on by itself.
+
+        Args:
+            rows: int64 [M].
+            future: keep the strikes and shifts that are still to come; otherwise they are taken out, so that what the
+                fork tells is causal.
+            measured: collect statistics.
+        """
+        setup = type(self.setup)(**{**vars(self.setup), "measured": measured})
+        forked = Population(setup, len(rows), self.device)
+        forked.load_state_dict(self._state(), rows)
+        if not future:
+            forked.context = forked.context.without_future(forked.epoch)
+        return forked
+
+
+
+
+def _mean(losses: Tensor, asked: Tensor) -> Tensor:
+    """[M], over the labels that count."""
+    return (losses * asked).sum(1) / asked.sum(1).clamp(min=1)

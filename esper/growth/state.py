@@ -1,4 +1,4 @@
-"""The state of a population: parameters, optimiser moments, lifecycles, contexts, and how they are saved.
+"""The state of a population: parameters, optimiser moments, lifecycles, contexts, and how they are saved and forked.
 
 What is done with it (episodes, training, evaluation) lives in `population` and `epoch`.
 """
@@ -14,25 +14,13 @@ from torch.nn import functional as F
 
 from esper.growth import blueprints
 from esper.growth.blueprints import Blueprint
+from esper.growth.conditions import Activations, activations
+from esper.growth.context import Context
+from esper.growth.data import Data
 from esper.growth.host import HostSpec
 from esper.growth.lifecycle import Lifecycle, LifecycleSpec
-from esper.growth.parameters import views
+from esper.growth.parameters import ParameterTable
 from esper.growth.statistics import Statistics
-
-
-@dataclass(frozen=True)
-class Data:
-    """A task's tensors: features [n, inputs] float32 and labels [n] int64, for each split."""
-
-    train_x: Tensor
-    train_y: Tensor
-    validation_x: Tensor
-    validation_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-
-    def to(self, device: torch.device | str) -> Data:
-        return Data(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
 @dataclass
@@ -50,100 +38,201 @@ class TrainingSpec:
     epsilon: float = 1e-8
 
 
-@dataclass
-class Context:
-    """What is hidden and drawn per episode, stacked over hosts: each [N]."""
+@dataclass(frozen=True)
+class PopulationSpec:
+    """What the hosts of a population have in common.
 
-    key: Tensor  # int64; init, data order and noise all follow from it
-    learning_rate: Tensor  # float32
-    train_size: Tensor  # int64, samples of the training pool that the host sees
-    label_noise: Tensor  # float32, share of its labels that are drawn anew
+    Attributes:
+        host: the architecture, at its widest and deepest.
+        catalogue: names of the blueprints that may be germinated, in the order of their indices.
+        data: the task.
+        training: how hosts are trained.
+        lifecycle: rules of the lifecycle.
+        measured: collect statistics and contributions; twins and forks do without.
+    """
+
+    host: HostSpec
+    catalogue: tuple[str, ...]
+    data: Data
+    training: TrainingSpec
+    lifecycle: LifecycleSpec
+    measured: bool = True
 
 
 class PopulationState:
-    """Every tensor of N hosts of one architecture, their slots and their seeds; see Population for the arguments."""
+    """Every tensor of N hosts, their slots and their seeds.
 
-    def __init__(
-        self,
-        spec: HostSpec,
-        catalogue: list[str],
-        data: Data,
-        training: TrainingSpec,
-        lifecycle: LifecycleSpec,
-        hosts: int,
-        observed: int | None = None,
-        device: torch.device | str = "cpu",
-    ):
-        self.spec, self.training, self.lifecycle_spec = spec, training, lifecycle
-        self.catalogue: list[Blueprint] = [blueprints.get(name) for name in catalogue]
-        self.data = data.to(device)
+    Args:
+        spec: what they have in common.
+        hosts: N.
+        device: where parameters, data and statistics live. Lifecycles and contexts stay on the CPU, where decisions
+            about what to run are made, so that an epoch never waits for the device.
+
+    Raises:
+        KeyError: an unknown blueprint.
+    """
+
+    def __init__(self, spec: PopulationSpec, hosts: int, device: torch.device | str = "cpu"):
+        host = spec.host
+        self.setup, self.spec, self.training, self.lifecycle_spec = spec, host, spec.training, spec.lifecycle
+        self.catalogue: list[Blueprint] = [blueprints.get(name) for name in spec.catalogue]
+        self.fits = torch.tensor([b.fits(host.site) for b in self.catalogue])  # bool [K]
+        self.data = spec.data.to(device)
         self.device = torch.device(device)
-        self.hosts, self.slots = hosts, spec.stages
-        self.observed = hosts if observed is None else observed
+        self.hosts, self.slots = hosts, host.stages
+        self._tables()
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         # [N, P] host parameters with Adam's moments; [N, slots, P_b] for the seeds of each blueprint.
-        sizes = [b.parameter_count(spec.width) for b in self.catalogue]
-        self.theta, self.exp_avg, self.exp_avg_sq = (zeros(hosts, spec.parameter_count) for _ in range(3))
+        self.theta, self.exp_avg, self.exp_avg_sq = (zeros(hosts, self.table.size) for _ in range(3))
+        sizes = [table.size for table in self.seed_tables]
         self.seed_theta, self.seed_exp_avg, self.seed_exp_avg_sq = (
             [zeros(hosts, self.slots, size) for size in sizes] for _ in range(3)
         )
         self.steps = zeros(hosts, dtype=torch.int64)  # optimiser steps taken by each host
         self.seed_steps = zeros(hosts, self.slots, dtype=torch.int64)
-        self.epoch = zeros(hosts, dtype=torch.int64)
-        self.lifecycle = Lifecycle.dormant(hosts, self.slots, device)
+        self.epoch = torch.zeros(hosts, dtype=torch.int64)
+        self.germinated = torch.zeros(hosts, dtype=torch.int64)  # in this episode
+        self.lifecycle = Lifecycle.dormant(hosts, self.slots)
         pool = len(self.data.train_y)
         self.subset = zeros(hosts, pool, dtype=torch.int64)  # indices into the training pool, the host's own first
-        self.labels = zeros(hosts, pool, dtype=torch.int64)  # of `subset`, with the host's label noise
-        self.context = Context(
-            key=zeros(hosts, dtype=torch.int64),
-            learning_rate=zeros(hosts),
-            train_size=zeros(hosts, dtype=torch.int64) + 1,
-            label_noise=zeros(hosts),
-        )
-        self.extra_flops = zeros(hosts)  # multiply-adds per sample, summed over epochs, culled seeds included
-        self.statistics = Statistics.empty(self.observed, spec, len(self.catalogue), device)
+        self.labels = zeros(*self.subset.shape, *self.data.train_y.shape[1:], dtype=torch.int64)  # of `subset`, noisy
+        self.first_size = torch.ones(hosts, dtype=torch.int64)  # samples of the classes met before the shift
+        self.first = zeros(hosts, host.classes, dtype=torch.bool)  # those classes
+        self.signs = zeros(hosts, host.inputs)  # of the input features after the shift
+        self.context = Context.plain(torch.zeros(hosts, dtype=torch.int64), host.width, host.stages)
+        self.extra_flops = torch.zeros(hosts)  # multiply-adds per sample, summed over epochs, culled seeds included
+        self.statistics = Statistics.empty(hosts, host, len(self.catalogue), device)
         self.validation_loss = zeros(hosts)
 
-        self.host_specs = spec.parameters()
-        self.seed_specs = [list(b.parameters(spec.width).values()) for b in self.catalogue]
-        self._seed_names = [list(b.parameters(spec.width)) for b in self.catalogue]
-        self.seed_flops = torch.tensor([b.flops(spec.width) for b in self.catalogue], device=device)
-        self.seed_sizes = torch.tensor(sizes, device=device)
-        layer = [i // 2 for i, p in enumerate(self.host_specs) for _ in range(p.size)]
-        self.layer_of = F.one_hot(torch.tensor(layer, device=device), len(spec.layers)).float()
-        self.layer_of /= self.layer_of.sum(0)  # [P, layers]: averages over a layer's parameters
+    def _tables(self) -> None:
+        """What follows from the specs alone: layouts of parameters, and costs at every width."""
+        host, widths = self.spec, range(self.spec.width + 1)
+        self.table = ParameterTable(host.parameters, host.width).to(self.device)
+        zero = self.lifecycle_spec.zero_init
+        self.seed_tables: list[ParameterTable] = []
+        self.seed_names = [list(b.parameters(host.site)) for b in self.catalogue]
+        for blueprint in self.catalogue:
+            # What does not fit is never germinated; its layout is that of nothing.
+            fits = blueprint.fits(host.site)
+            self.seed_tables.append(
+                ParameterTable(
+                    lambda w, b=blueprint: list(b.parameters(host.site_of(w)).values()), host.width if fits else 1, zero
+                ).to(self.device)
+            )
+        # [P], the layer of each entry of theta: 0 the stem, 1 .. stages, stages + 1 the head.
+        layer = [i // 2 for i, p in enumerate(self.table.specs) for _ in range(p.size)]
+        self.layer = torch.tensor(layer)
+        in_layer = F.one_hot(self.layer, host.layers).float()
+        self.in_layer = in_layer.to(self.device)  # [P, layers]
+        self.layer_sizes = self.table.owned.cpu() @ in_layer  # float32 [width + 1, layers], parameters of each layer at each width
+        self.layer_flops = torch.tensor([host.flops(w) for w in widths], dtype=torch.float32)
+        self.seed_sizes = torch.tensor(
+            [[b.parameter_count(host.site_of(w)) if w else 0 for b in self.catalogue] for w in widths]
+        )  # int64 [width + 1, K]
+        self.seed_flops = torch.tensor(
+            [[b.flops(host.site_of(w)) if w else 0 for b in self.catalogue] for w in widths], dtype=torch.float32
+        )
 
-    def seed_views(self, kind: int, flat: Tensor) -> dict[str, Tensor]:
-        """The parameters of m seeds of blueprint number `kind` by name, as views of flat [m, P_b]."""
-        return dict(zip(self._seed_names[kind], views(self.seed_specs[kind], flat), strict=True))
+    # ---- sizes and costs ------------------------------------------------------------------------------------------
 
-    _STATE = (
+    def layer_exists(self) -> Tensor:
+        """Bool [N, layers]: which layers each host has."""
+        stage = torch.arange(self.slots) < self.context.depth[:, None]
+        both = torch.ones(self.hosts, 1, dtype=torch.bool)
+        return torch.cat([both, stage, both], dim=1)
+
+    def host_parameters(self) -> Tensor:
+        """float32 [N]."""
+        return (self.layer_sizes[self.context.width] * self.layer_exists()).sum(1)
+
+    def host_flops(self) -> Tensor:
+        """Multiply-adds for one sample, forward, without seeds: float32 [N]."""
+        return (self.layer_flops[self.context.width] * self.layer_exists()).sum(1)
+
+    def seed_parameters(self, mask: Tensor) -> Tensor:
+        """Parameters of the seeds in `mask` (bool [N, slots]), summed per host: float32 [N]."""
+        return (self._per_slot(self.seed_sizes) * mask).sum(1).float()
+
+    def seed_flops_now(self, mask: Tensor) -> Tensor:
+        """Multiply-adds of the seeds in `mask` (bool [N, slots]) for one sample, summed per host: float32 [N]."""
+        return (self._per_slot(self.seed_flops) * mask).sum(1)
+
+    def _per_slot(self, cost: Tensor) -> Tensor:
+        return cost[self.context.width].gather(1, self.lifecycle.blueprint.clamp(min=0))
+
+    def germinable(self) -> Tensor:
+        """Bool [N, slots, K]: where a seed of each blueprint may be germinated as far as the host is concerned; the
+        lifecycle has its own say."""
+        slot = torch.arange(self.slots) < self.context.depth[:, None]
+        left = self.germinated < self.context.seeds
+        return (slot & left[:, None])[:, :, None] & self.fits
+
+    # ---- conditions -----------------------------------------------------------------------------------------------
+
+    def conditions(self, context: Context, epoch: Tensor) -> tuple[Tensor, Tensor]:
+        """(condition, severity) of every stage in `epoch` [m], each [m, S]."""
+        struck = epoch[:, None] >= context.strike_epoch
+        return (
+            torch.where(struck, context.strike, context.condition),
+            torch.where(struck, context.strike_severity, context.severity),
+        )
+
+    def activations(self) -> Activations:
+        """Of every stage in the present epoch."""
+        c = self.context
+        now = activations(*self.conditions(c, self.epoch), c.width, c.depth, self.spec.width)
+        return now.map(self.moved)
+
+    def gain(self) -> Tensor | None:
+        """[N, inputs, 1], the factor on each input feature in the present epoch; None where it is always 1."""
+        if not self.context.flipped.any():
+            return None
+        shifted = self.moved(self.epoch >= self.context.shift_epoch)
+        return torch.where(shifted[:, None], self.signs, 1.0)[:, :, None]
+
+    def moved(self, value: Tensor) -> Tensor:
+        """`value` on the device, without waiting for it."""
+        return value.to(self.device, non_blocking=True)
+
+    # ---- saving and forking ---------------------------------------------------------------------------------------
+
+    _TENSORS = (
         "theta", "exp_avg", "exp_avg_sq", "seed_theta", "seed_exp_avg", "seed_exp_avg_sq", "steps", "seed_steps",
-        "epoch", "subset", "labels", "extra_flops", "validation_loss",
+        "epoch", "germinated", "subset", "labels", "first_size", "first", "signs", "extra_flops", "validation_loss",
     )  # fmt: skip
+    _PARTS = ("lifecycle", "context", "statistics")
 
     def state_dict(self) -> dict[str, Any]:
         """All of the population's state as tensors in plain containers (copies)."""
-        state: dict[str, Any] = {}
-        for name in self._STATE:
-            value = getattr(self, name)
-            state[name] = [v.clone() for v in value] if isinstance(value, list) else value.clone()
-        for part in ("lifecycle", "context", "statistics"):
-            state[part] = {k: v.clone() for k, v in vars(getattr(self, part)).items()}
+        state = self._state()
+        for name, value in state.items():
+            if isinstance(value, dict):
+                state[name] = {key: tensor.clone() for key, tensor in value.items()}
+            else:
+                state[name] = [v.clone() for v in value] if isinstance(value, list) else value.clone()
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned.
+    def _state(self) -> dict[str, Any]:
+        """As `state_dict`, but the very tensors."""
+        state = {name: getattr(self, name) for name in self._TENSORS}
+        return state | {part: dict(vars(getattr(self, part))) for part in self._PARTS}
+
+    def load_state_dict(self, state: dict[str, Any], rows: Tensor | None = None) -> None:
+        """Restores what `state_dict` returned, or its hosts `rows` ([N], repeats allowed).
 
         Raises:
             KeyError: a piece is missing; what was there before may be partly replaced.
         """
-        for name in self._STATE:
+
+        def taken(value: Tensor) -> Tensor:
+            return value.clone() if rows is None else value[rows]
+
+        for name in self._TENSORS:
             value = state[name]
-            setattr(self, name, [v.clone() for v in value] if isinstance(value, list) else value.clone())
-        for part in ("lifecycle", "context", "statistics"):
+            setattr(self, name, [taken(v) for v in value] if isinstance(value, list) else taken(value))
+        for part in self._PARTS:
             for key in vars(getattr(self, part)):
-                setattr(getattr(self, part), key, state[part][key].clone())
+                setattr(getattr(self, part), key, taken(state[part][key]))

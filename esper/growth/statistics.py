@@ -7,16 +7,19 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from esper.growth.host import HostSpec
-from esper.growth.lifecycle import Lifecycle, is_live
+from esper.growth.host import HostSpec, Trace
+from esper.growth.lifecycle import is_live
 
 HISTORY = 4  # validation losses kept: the newest and the three before it
 ACTIVATION_STATISTICS = ("dead_fraction", "zero_derivative_fraction", "mean", "std", "effective_rank")
 
+SAMPLES = 128
+"""Samples of the validation split that contributions and activation statistics are measured on."""
+
 
 @dataclass
 class Statistics:
-    """Statistics of n hosts with L layers, S slots (and hidden layers) and K blueprints.
+    """Statistics of n hosts with L layers, S slots (and stages) and K blueprints.
 
     Losses are mean cross-entropies in nats. What comes from training is only known once `history_length` > 1.
     """
@@ -30,7 +33,8 @@ class Statistics:
     layer_signal_to_noise: Tensor  # [n, L], RMS of the mean gradient over RMS of the gradient, in [0, 1]
     update_rms: Tensor  # [n], over all parameters
     activations: Tensor  # [n, S, len(ACTIVATION_STATISTICS)], on the validation split
-    activation_backward_rms: Tensor  # [n, S], gradient of the loss with respect to the activations
+    activation_backward_rms: Tensor  # [n, S], gradient of the loss with respect to the stages' outputs
+    growth_gradient: Tensor  # [n, S], see `growth_gradient`
     seed_gradient_rms: Tensor  # [n, S]
     contribution: Tensor  # [n, S], validation loss with alpha = 0 minus as is
     contribution_known: Tensor  # bool [n, S]
@@ -50,7 +54,7 @@ class Statistics:
         }
         values = {}
         for field in fields(cls):
-            default = (len(spec.layers),) if field.name.startswith("layer_") else (spec.stages,)
+            default = (spec.layers,) if field.name.startswith("layer_") else (spec.stages,)
             dtype = torch.float32
             if field.name.endswith("_known"):
                 dtype = torch.bool
@@ -79,39 +83,65 @@ class Statistics:
         self.history[hosts, 0] = loss
         self.contribution_known[hosts] &= is_live(stage[hosts])
 
-    def record_validation(self, hosts: Tensor, loss: Tensor, lifecycle: Lifecycle) -> None:
-        """Adds the validation loss [m] of `hosts` [m] and updates how each blueprint has fared."""
+    def record_validation(self, hosts: Tensor, loss: Tensor, blueprint: Tensor) -> None:
+        """Adds the validation loss [m] of `hosts` [m] and updates how each blueprint has fared (blueprint [m, S])."""
         self.history[hosts] = torch.cat([loss[:, None], self.history[hosts, :-1]], dim=1)
         self.history_length[hosts] += 1
         blueprints = torch.arange(self.fared.shape[1], device=loss.device)
-        lives = lifecycle.blueprint[hosts][:, :, None] == blueprints  # [m, S, K]
+        lives = blueprint[:, :, None] == blueprints  # [m, S, K]
         count = lives.sum(1)
         change = ((loss[:, None] - self.germination_loss[hosts])[:, :, None] * lives).sum(1) / count.clamp(min=1)
         self.fared[hosts] = torch.where(count > 0, change, self.fared[hosts])
         self.fared_known[hosts] |= count > 0
 
 
-def activation_statistics(h: Tensor) -> Tensor:
-    """[n, S, len(ACTIVATION_STATISTICS)] of ReLU outputs h [n, S, samples, width].
+def activation_statistics(trace: Trace, width: Tensor) -> Tensor:
+    """[n, S, len(ACTIVATION_STATISTICS)] of the n hosts of a trace without gradients, whose widths are [n].
 
-    A unit is dead if it is 0 on every sample. The effective rank is the participation ratio of the covariance's
-    eigenvalues, tr(C)^2 / tr(C^2), over the width: 1 where all units vary alike and independently.
+    A unit is dead if its derivative is 0 on every sample; units that a stage has lost are. The effective rank is the
+    participation ratio of the covariance's eigenvalues, tr(C)^2 / tr(C^2), over the width: 1 where all units vary alike
+    and independently.
     """
-    off = h <= 0
-    mean = h.mean(2, keepdim=True)
-    centred = h - mean
+    rows = slice(0, min(SAMPLES, trace.outputs[0].shape[1]))
+    h = torch.stack([output[:, rows] for output in trace.outputs], dim=1)  # [n, S, samples, W]
+    slope = torch.stack([slope[:, rows] for slope in trace.slopes], dim=1)
+    steep = torch.ne(slope, 0, out=torch.empty_like(slope)).mean(2)  # [n, S, W], as floats: booleans are slow
+    units = width[:, None].float()
+    mean = h.mean(2)
+    centred = h - mean[:, :, None]
     covariance = centred.transpose(2, 3) @ centred / h.shape[2]
-    trace = covariance.diagonal(dim1=2, dim2=3).sum(-1)
-    # Total variance: within the units, from the trace, plus between their means.
-    std = (trace / h.shape[3] + mean.squeeze(2).var(-1, correction=0)).sqrt()
-    rank = trace.square() / covariance.square().sum((2, 3)).clamp(min=1e-12) / h.shape[3]
+    trace_ = covariance.diagonal(dim1=2, dim2=3).sum(-1)
+    level = mean.sum(-1) / units
+    # Padding units are 0 throughout, so that sums over all units are sums over the host's own. The variance is that
+    # within the units, from the trace, plus that between their means.
+    between = (mean.square().sum(-1) / units - level.square()).clamp(min=0)
+    rank = trace_.square() / covariance.square().sum((2, 3)).clamp(min=1e-12) / units
     return torch.stack(
         [
-            off.all(2).float().mean(-1),
-            off.float().mean((2, 3)),
-            mean.mean((2, 3)),
-            std,
+            1 - (steep > 0).float().sum(-1) / units,
+            1 - steep.sum(-1) / units,
+            level,
+            (trace_ / units + between).sqrt(),
             rank,
         ],
         dim=-1,
     )
+
+
+def growth_gradient(sources: list[Tensor], signals: list[Tensor]) -> Tensor:
+    """[n, S], the Frobenius norm of the loss's gradient with respect to a new linear map around each stage.
+
+    That norm is what GradMax maximises over new neurons, for as many neurons as there are units (Evci et al.,
+    arXiv 2201.05125, equation 8).
+
+    Args:
+        sources: inputs of the stages, each [n, rows, width].
+        signals: gradients of the mean loss with respect to their outputs, each [n, rows, width].
+    """
+    norms = [
+        torch.bmm(source.transpose(1, 2), signal).square().sum((1, 2)).sqrt()
+        for source, signal in zip(sources, signals, strict=True)
+    ]
+    return torch.stack(norms, dim=1)
+
+

@@ -1,15 +1,13 @@
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
-from esper.growth.epoch import EpochRun
+from esper.growth.context import Context
 from esper.growth.lifecycle import Event, Stage
-from esper.growth.state import Context
 
-MLP, GLU, LOW_RANK, NORM = range(4)
 KEYS = [11, 12, 13, 14, 15, 16, 17, 18]
-GRADIENT = 10.0  # Adam's first moment after one step is (1 - 0.9) * gradient
+TASKS = ["mlp", "grid", "sequence", "causal", "gathered"]
+EPOCHS = 12
+WIDTH = 6
 
 
 def close(a, b, rtol=1e-4, atol=2e-6):
@@ -21,44 +19,82 @@ def close(a, b, rtol=1e-4, atol=2e-6):
 
 @pytest.fixture(scope="module")
 def eight(toy):
-    """Eight hosts after 16 epochs of random actions, with the stages and blueprints that were seen on the way."""
-    p, seen = toy.population(KEYS), set()
-    for _ in range(16):
-        toy.act(p, KEYS)
-        seen |= set(zip(p.lifecycle.stage.flatten().tolist(), p.lifecycle.blueprint.flatten().tolist(), strict=True))
-        p.train_epoch()
-    return p, seen
+    """For each task eight hosts that differ in everything, after epochs of random actions, and what was seen."""
+    made = {}
+
+    def of(task):
+        if task not in made:
+            p, seen = toy.population(KEYS, task, mixed=True, width=WIDTH), set()
+            for _ in range(EPOCHS):
+                toy.act(p, KEYS, task)
+                life = p.lifecycle
+                seen |= set(zip(life.stage.flatten().tolist(), life.blueprint.flatten().tolist(), strict=True))
+                p.train_epoch()
+            made[task] = p, seen
+        return made[task]
+
+    return of
 
 
-def test_the_random_walk_meets_every_stage_with_every_blueprint(eight):
-    seen = {(Stage(stage).name, kind) for stage, kind in eight[1]}
-    assert {(s, b) for s in ("TRAINING", "BLENDING", "HOLDING") for b in range(4)} <= seen
+def test_the_random_walks_meet_every_stage_with_every_blueprint(toy, eight):
+    seen = {(Stage(stage).name, kind) for task in TASKS for stage, kind in eight(task)[1]}
+    wanted = {(s, toy.kind(b)) for s in ("TRAINING", "BLENDING", "HOLDING") for b in toy.CATALOGUE}
+    assert wanted <= seen
     assert {stage for stage, _ in seen} == {stage.name for stage in Stage}
 
 
-@pytest.mark.parametrize("members", [[0], [3], [7], [4, 0, 6], [7, 2, 5]], ids=str)
-def test_a_host_is_bitwise_the_same_beside_any_neighbours(toy, eight, members):
+def test_the_hosts_of_the_random_walks_differ(eight):
+    c = eight("mlp")[0].context
+    assert len(c.width.unique()) > 2
+    assert len(c.depth.unique()) == 3
+    exists = torch.arange(3) < c.depth[:, None]
+    assert len(c.condition[exists].unique()) > 6
+    struck = exists & (c.strike_epoch < EPOCHS)
+    assert set(c.strike[struck].tolist()) == {1, 2, 3}
+    assert 2 < (c.shift_epoch < EPOCHS).sum() < 8
+
+
+@pytest.mark.parametrize("members", [[0], [3], [7], [4, 0, 6]], ids=str)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_host_is_bitwise_the_same_beside_any_neighbours(toy, eight, task, members):
     keys = [KEYS[k] for k in members]
-    p = toy.population(keys)
-    toy.walk(p, keys, 16)
+    p = toy.population(keys, task, mixed=True, width=WIDTH)
+    toy.walk(p, keys, EPOCHS, task)
     for row, k in enumerate(members):
-        assert toy.differences(p.state_dict(), eight[0].state_dict(), (row, k)) == []
+        assert toy.differences(p.state_dict(), eight(task)[0].state_dict(), (row, k)) == []
 
 
-def test_a_lone_glu_is_bitwise_the_same_with_an_odd_batch(toy):
+@pytest.mark.parametrize(("task", "name"), [("mlp", "glu"), ("causal", "attention"), ("grid", "conv"), ("mlp", "norm")])
+def test_a_lone_seed_is_bitwise_the_same_with_an_odd_batch(toy, task, name):
     # 5 x 7 x 6 and 1 x 7 x 6 values do not fill whole SIMD vectors: other elements fall into the scalar tail.
-    together, alone = toy.population(KEYS[:5], width=3, batch=7), toy.population(KEYS[:1], width=3, batch=7)
+    together = toy.population(KEYS[:5], task, width=3, batch=7)
+    alone = toy.population(KEYS[:1], task, width=3, batch=7)
     for p in (together, alone):
         for host in range(p.hosts):
-            toy.hold(p, host, 0, GLU)
+            toy.hold(p, host, 0, name)
         for _ in range(4):
             p.train_epoch()
     assert toy.differences(alone.state_dict(), together.state_dict(), (0, 0)) == []
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_host_is_bitwise_the_same_beside_any_neighbours(toy, value):
+    populations = [toy.population(KEYS[:n]) for n in (1, 2)]
+    for p in populations:
+        toy.hold(p, 0, 1, "mlp")
+        p.seed_theta[0][0, 1, 5] = value
+        if p.hosts == 2:
+            toy.plant(p, 1, 1, "norm")
+        for _ in range(2):
+            p.train_epoch()
+    alone, beside = populations
+    assert toy.differences(alone.state_dict(), beside.state_dict(), (0, 0)) == []
+    assert beside.theta[1].isfinite().all()
+
+
 def test_layer_statistics_are_bitwise_the_same_alone_with_many_inputs(toy):
     data = toy.data(inputs=64, classes=10)
-    together, alone = toy.population(KEYS, data, width=5), toy.population(KEYS[:1], data, width=5)
+    together, alone = toy.population(KEYS, data=data, width=5), toy.population(KEYS[:1], data=data, width=5)
     for p in (together, alone):
         p.train_epoch()
     assert toy.differences(vars(alone.statistics), vars(together.statistics), (0, 0)) == []
@@ -81,21 +117,25 @@ def test_training_needs_no_gradient_mode_of_the_caller(toy):
     assert toy.differences(usual.state_dict(), without.state_dict()) == []
 
 
-def test_unobserved_hosts_train_as_observed_ones(toy, eight):
-    p = toy.population(KEYS, observed=3)
-    toy.walk(p, KEYS, 16)
-    state, full = p.state_dict(), eight[0].state_dict()
-    statistics, all_statistics = state.pop("statistics"), full.pop("statistics")
+def test_hosts_that_are_not_measured_train_as_those_that_are(toy, eight):
+    p = toy.population(KEYS, "causal", mixed=True, width=WIDTH, measured=False)
+    toy.walk(p, KEYS, EPOCHS, "causal")
+    state, full = p.state_dict(), eight("causal")[0].state_dict()
+    state.pop("statistics")
+    full.pop("statistics")
     assert toy.differences(state, full) == []
-    assert toy.differences(statistics, {k: v[:3] for k, v in all_statistics.items()}) == []
+    assert (p.statistics.history_length == 0).all()
+
+
+# ---- episodes -----------------------------------------------------------------------------------------------------
 
 
 def test_reset_of_some_hosts_leaves_the_others_and_starts_afresh(toy):
-    p = toy.population(KEYS[:4])
+    p = toy.population(KEYS[:4], mixed=True)
     toy.walk(p, KEYS[:4], 8)
     before = p.state_dict()
-    p.reset(torch.tensor([2, 0]), toy.context([31, 32]))
-    fresh = toy.population([31, 32])
+    p.reset(torch.tensor([2, 0]), toy.context([31, 32], mixed=True))
+    fresh = toy.population([31, 32], mixed=True)
     for host in (1, 3):
         assert toy.differences(before, p.state_dict(), (host, host)) == []
     for _ in range(6):
@@ -110,300 +150,98 @@ def test_reset_of_some_hosts_leaves_the_others_and_starts_afresh(toy):
 
 
 def test_two_keys_differ_in_everything_drawn(toy):
-    p = toy.population([1, 1])
-    p.reset(torch.arange(2), Context(torch.tensor([5, 6]), *(torch.stack([v, v]) for v in one_context())))
+    context = Context.plain(torch.tensor([5, 6]), 4, 3)
+    context.label_noise[:], context.flipped[:] = 0.5, 0.5
+    p = toy.population([1, 1], data=toy.data(inputs=30, classes=9), context=context)
     assert not torch.isclose(p.theta[0], p.theta[1]).any()
     assert (p.subset[0] != p.subset[1]).float().mean() > 0.8
     assert not torch.equal(p._epoch_order()[0], p._epoch_order()[1])
+    assert not torch.equal(p.signs[0], p.signs[1])
     changed = p.labels != p.data.train_y[p.subset]
     original = torch.zeros_like(changed).scatter(1, p.subset, changed)
     assert not torch.equal(original[0], original[1])
 
 
-def one_context():
-    return torch.tensor(0.005), torch.tensor(40), torch.tensor(0.5)
+@pytest.mark.parametrize(("field", "value"), [("width", 5), ("depth", 4)])
+def test_a_host_that_has_no_room_is_refused(toy, field, value):
+    p = toy.population(KEYS[:2])
+    before, context = p.state_dict(), toy.context([1, 2])
+    getattr(context, field)[1] = value
+    with pytest.raises(ValueError, match="in a population of width 4 and depth 3"):
+        p.reset(torch.arange(2), context)
+    assert toy.differences(before, p.state_dict()) == []
 
 
-# ---- an independent reference -------------------------------------------------------------------------------------
-
-
-def test_ungrown_hosts_are_those_of_torch_optim_adam(toy):
-    p = toy.population(KEYS[:3])
-    nets, optimisers = [], []
-    for k in range(3):
-        parts = toy.SlowHost(p, k).body
-        layers = [m for part in parts[:-1] for m in (part, nn.ReLU())]
-        nets.append(nn.Sequential(*layers, parts[-1]))
-        optimisers.append(torch.optim.Adam(nets[k].parameters(), lr=float(p.context.learning_rate[k])))
-    for _ in range(4):
-        order, losses = p._epoch_order(), torch.zeros(3)
-        for k, (net, optimiser) in enumerate(zip(nets, optimisers, strict=True)):
-            for batch in order[k]:
-                loss = F.cross_entropy(net(p.data.train_x[p.subset[k][batch]]), p.labels[k][batch])
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                losses[k] += loss.detach() / len(order[k])
-        p.train_epoch()
-        close(p.statistics.train_loss, losses, rtol=1e-5)
-    for k, (net, optimiser) in enumerate(zip(nets, optimisers, strict=True)):
-        close(p.theta[k], toy.SlowHost.flat(net), rtol=1e-5)
-        close(p.exp_avg[k], toy.SlowHost.flat(net, lambda w, o=optimiser: o.state[w]["exp_avg"]), atol=1e-6)
-        close(p.exp_avg_sq[k], toy.SlowHost.flat(net, lambda w, o=optimiser: o.state[w]["exp_avg_sq"]), atol=1e-8)
-        with torch.no_grad():
-            close(p.validation_loss[k], F.cross_entropy(net(p.data.validation_x), p.data.validation_y), rtol=1e-5)
-
-
-def assert_same_as_slow(p, slow, host):
-    close(p.theta[host], slow.flat(slow.body))
-    for slot, seed in slow.seeds.items():
-        kind = int(p.lifecycle.blueprint[host, slot])
-        close(p.seed_theta[kind][host, slot], slow.flat(seed))
-    close(float(p.statistics.train_loss[host]), slow.loss, rtol=1e-5)
-    close(float(p.validation_loss[host]), slow.validation_loss(slow.alphas(ahead=0)), rtol=1e-5)
-
-
-@pytest.mark.parametrize("tag", [1, 2])
-def test_grown_hosts_are_those_of_a_loop_over_hosts(toy, tag):
-    keys = KEYS[:5]
-    p = toy.population(keys)
-    slow = [toy.SlowHost(p, k) for k in range(5)]
-    for _ in range(9):
-        toy.act(p, keys, tag)
-        alphas = [one.alphas(ahead=1) for one in slow]
-        for one in slow:
-            one.epoch()
-        p.train_epoch()
-        for host, one in enumerate(slow):
-            close(p.lifecycle.alpha[host], torch.tensor(alphas[host]))
-            # Adam blows up the rounding of gradients near 0, but a wrong step would show in the third decimal.
-            close(p.theta[host], one.flat(one.body), atol=5e-5)
-            for slot, seed in one.seeds.items():
-                kind = int(p.lifecycle.blueprint[host, slot])
-                close(p.seed_theta[kind][host, slot], one.flat(seed), atol=5e-5)
-            close(float(p.statistics.train_loss[host]), one.loss, rtol=1e-5)
-            close(float(p.validation_loss[host]), one.validation_loss(alphas[host]), rtol=1e-5)
-
-
-def test_a_holding_mlp_trains_as_in_torch(toy):
-    p = toy.population(KEYS[:2], steps=20)
-    toy.hold(p, 0, 1, MLP)
-    slow = toy.SlowHost(p, 0)
-    slow.epoch()
-    p.train_epoch()
-    assert_same_as_slow(p, slow, 0)
-
-
-@pytest.mark.parametrize("kind", [MLP, GLU, LOW_RANK, NORM])
-def test_a_blended_seed_adds_alpha_times_delta_and_learns(toy, kind):
-    p = toy.population(KEYS[:2], steps=1)
-    toy.hold(p, 0, 1, kind)
-    # Back into BLENDING, with 1 of 5 epochs behind it: alpha is 2/5 in the coming epoch.
-    for name, value in (("stage", Stage.BLENDING), ("ramp", 5), ("epochs", 1), ("alpha", 0.2)):
-        getattr(p.lifecycle, name)[0, 1] = value
-    batch = p._epoch_order()[0, 0]
-    x, y = p.data.train_x[p.subset[0, batch]], p.labels[0, batch]
-    host = toy.SlowHost(p, 0)
-    seed = host.seed_from(kind, p.seed_theta[kind][0, 1])
-    h = host.body[1](host.body[0](x).relu()).relu()
-    loss = F.cross_entropy(host.body[3](host.body[2](h + 0.4 * seed(h)).relu()), y)
-    loss.backward()
-    p.train_epoch()
-    close(p.statistics.train_loss[0], loss.detach())
-    close(p.seed_exp_avg[kind][0, 1] * GRADIENT, host.flat(seed, lambda w: w.grad))
-    close(p.exp_avg[0] * GRADIENT, host.flat(host.body, lambda w: w.grad))
-    assert p.seed_exp_avg[kind][0, 1].abs().max() > 0
-    with torch.no_grad():
-        after = toy.SlowHost(p, 0)
-        seed = after.seed_from(kind, p.seed_theta[kind][0, 1])
-        h = after.body[1](after.body[0](p.data.validation_x).relu()).relu()
-        logits = after.body[3](after.body[2](h + 0.4 * seed(h)).relu())
-        close(p.validation_loss[0], F.cross_entropy(logits, p.data.validation_y))
-
-
-# ---- TRAINING -----------------------------------------------------------------------------------------------------
-
-
-def twins(toy, count, **kwargs):
-    p = toy.population([11] * count, **kwargs)
-    assert toy.differences(p.state_dict(), p.state_dict(), (0, count - 1)) == []
-    return p
-
-
-def test_seeds_in_training_leave_the_host_bitwise_alone(toy):
-    p = twins(toy, 6)
-    for kind in range(4):
-        toy.plant(p, kind, kind % 3, kind)
-    for slot, kind in enumerate((GLU, NORM, MLP)):
-        toy.plant(p, 4, slot, kind)
-    start = [seed.clone() for seed in p.seed_theta]
-    for _ in range(3):
-        p.train_epoch()
-        for host in range(5):
-            for name in ("theta", "exp_avg", "exp_avg_sq", "validation_loss"):
-                assert torch.equal(getattr(p, name)[host], getattr(p, name)[5])
-            assert torch.equal(p.statistics.train_loss[host], p.statistics.train_loss[5])
-    for kind in range(4):
-        moved = p.seed_theta[kind][kind, kind % 3] != start[kind][kind, kind % 3]
-        assert moved.float().mean() > 0.5
-
-
-@pytest.mark.parametrize("kind", [MLP, GLU, LOW_RANK, NORM])
-def test_gradient_of_a_seed_in_training_is_the_straight_through_one(toy, kind):
-    # Twin with the seed fully there in slot 2, so that the signal has to come back through another seed.
-    p = toy.population([11], steps=1)
-    toy.hold(p, 0, 2, MLP)
-    toy.plant(p, 0, 1, kind)
-    g = torch.Generator().manual_seed(kind)
-    p.seed_theta[kind][0, 1] += 0.3 * torch.randn(p.seed_theta[kind][0, 1].shape, generator=g)
-    host = toy.SlowHost(p, 0)
-    later = host.seed_from(MLP, p.seed_theta[MLP][0, 2])
-    seed = host.seed_from(kind, p.seed_theta[kind][0, 1])
-    batch = p._epoch_order()[0, 0]
-    x, y = p.data.train_x[p.subset[0, batch]], p.labels[0, batch]
-    h = host.body[1](host.body[0](x).relu()).relu().detach()
-    delta = seed(h)
-    grafted = h + (delta - delta.detach())
-    h2 = host.body[2](grafted).relu()
-    F.cross_entropy(host.body[3](h2 + later(h2)), y).backward()
-    p.train_epoch()
-    close(p.seed_exp_avg[kind][0, 1] * GRADIENT, host.flat(seed, lambda w: w.grad))
-    assert p.seed_exp_avg[kind][0, 1].abs().max() > 0
-
-
-# ---- absent and culled seeds --------------------------------------------------------------------------------------
-
-
-def test_absent_seeds_cost_nothing_and_have_no_influence(toy):
-    p, clean = toy.population(KEYS[:2]), toy.population(KEYS[:2])
-    for kind in range(4):
-        for state in (p.seed_theta, p.seed_exp_avg, p.seed_exp_avg_sq):
-            state[kind].fill_(float("nan"))
-    run = EpochRun(p)
-    assert run.groups == []
-    assert run.theta.numel() == p.theta.numel()
-    toy.plant(p, 1, 0, LOW_RANK)
-    toy.plant(clean, 1, 0, LOW_RANK)
-    # The vector that Adam runs over: two hosts and one seed of 4*2 + 2*4 parameters.
-    assert EpochRun(p).theta.numel() == p.theta.numel() + 16
-    for _ in range(3):
-        p.train_epoch()
-        clean.train_epoch()
-    poisoned_rows = ("/seed_theta", "/seed_exp_avg")
-    different = toy.differences(p.state_dict(), clean.state_dict())
-    assert [name for name in different if not name.startswith(poisoned_rows)] == []
-    assert torch.equal(p.seed_theta[LOW_RANK][1, 0], clean.seed_theta[LOW_RANK][1, 0])
-
-
-def test_a_seed_in_training_takes_no_part_in_evaluation(toy):
-    p = twins(toy, 2)
-    for host in range(2):
-        toy.hold(p, host, 2, NORM)
-        p.seed_theta[NORM][host, 2] = torch.linspace(0.5, 2, 8)
-    toy.plant(p, 0, 1, MLP)
-    p.seed_theta[MLP][0, 1] = float("nan")  # which 0 * delta would not hide
-    p._evaluate(torch.arange(2))
-    assert torch.equal(p.validation_loss[0], p.validation_loss[1])
-    assert torch.equal(p.statistics.contribution[0], p.statistics.contribution[1])
-
-
-def test_a_seed_culled_out_of_training_leaves_no_trace_but_its_flops(toy):
-    p = twins(toy, 3)
-    toy.plant(p, 0, 1, MLP)
-    p.train_epoch()
-    p.train_epoch()
-    p.lifecycle.fire(Event.CULL, toy.at(p, 0, 1))
-    for _ in range(3):
-        p.train_epoch()
-    for name in ("theta", "exp_avg", "exp_avg_sq", "validation_loss"):
-        assert torch.equal(getattr(p, name)[0], getattr(p, name)[2])
-    # two epochs of an mlp at width 4: 2 * (4*8 + 8*4)
-    assert p.extra_flops.tolist() == [128.0, 0.0, 0.0]
+# ---- seeds --------------------------------------------------------------------------------------------------------
 
 
 def test_a_culled_blended_seed_stops_counting_in_loss_and_compute(toy):
     p = toy.population([11])
-    toy.hold(p, 0, 1, MLP)
+    toy.hold(p, 0, 1, "mlp")
     p.train_epoch()
     p.lifecycle.fire(Event.CULL, toy.at(p, 0, 1))
     slow = toy.SlowHost(p, 0)
     assert abs(float(p.validation_loss) - slow.validation_loss([0, 0, 0])) > 1e-3  # it mattered
-    p.seed_theta[MLP].fill_(float("nan"))
+    p.seed_theta[0].fill_(float("nan"))
     p.train_epoch()
     close(float(p.validation_loss), toy.SlowHost(p, 0).validation_loss([0, 0, 0]))
     assert p.extra_flops.tolist() == [64.0]
 
 
-def test_flops_are_charged_for_every_live_stage_and_stay_charged(toy):
-    p = toy.population(KEYS[:4])
-    cost = [4 * 8 + 8 * 4, 3 * 4 * 8, 4 * 2 + 2 * 4, 4 * 4]  # mlp, glu, low_rank, norm at width 4
-    expected = [0.0] * 4
-    for _ in range(12):
-        toy.act(p, KEYS[:4], "flops")
-        for host in range(4):
-            for slot in range(3):
-                stage = Stage(int(p.lifecycle.stage[host, slot]))
-                if stage in (Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED):
-                    expected[host] += cost[int(p.lifecycle.blueprint[host, slot])]
-        p.train_epoch()
-        assert p.extra_flops.tolist() == expected
-    assert min(expected) > 0
-
-
-def test_seed_parameters_by_hand(toy):
-    p = toy.population(KEYS[:2])
-    toy.plant(p, 0, 0, GLU)
-    toy.plant(p, 0, 2, NORM)
-    toy.plant(p, 1, 1, MLP)
-    everywhere = torch.ones(2, 3, dtype=torch.bool)
-    # glu 6*16 + 5*4 = 116, norm 8, mlp 4*16 + 3*4 = 76; a dormant slot in the mask counts nothing
-    live = p.lifecycle.blueprint >= 0
-    assert p.seed_parameters(live & everywhere).tolist() == [124.0, 76.0]
-    assert p.seed_parameters(live & toy.at(p, 0, 2)).tolist() == [8.0, 0.0]
-
-
 def test_a_second_seed_in_a_slot_starts_afresh(toy):
     p = toy.population([11])
-    toy.plant(p, 0, 1, MLP)
-    first = p.seed_theta[MLP][0, 1].clone()
+    toy.plant(p, 0, 1, "mlp")
+    first = p.seed_theta[0][0, 1].clone()
     p.train_epoch()
     p.lifecycle.fire(Event.CULL, toy.at(p, 0, 1))
     p.train_epoch()
     p.train_epoch()
-    toy.plant(p, 0, 1, MLP)
-    assert not torch.isclose(p.seed_theta[MLP][0, 1], first).any()
+    toy.plant(p, 0, 1, "mlp")
+    assert not torch.isclose(p.seed_theta[0][0, 1], first).any()
     assert int(p.seed_steps[0, 1]) == 0
-    assert (p.seed_exp_avg[MLP][0, 1] == 0).all()
-    assert (p.seed_exp_avg_sq[MLP][0, 1] == 0).all()
+    assert (p.seed_exp_avg[0][0, 1] == 0).all()
+    assert (p.seed_exp_avg_sq[0][0, 1] == 0).all()
 
 
-def test_seeds_start_differently_in_each_slot_and_host(toy):
+def test_seeds_start_differently_in_each_slot_host_and_blueprint(toy):
     p = toy.population(KEYS[:2])
     for host in range(2):
         for slot in range(3):
-            toy.plant(p, host, slot, MLP)
-    rows = p.seed_theta[MLP].flatten(0, 1)
-    assert len(rows[:, 0].unique()) == 6
+            toy.plant(p, host, slot, "bypass" if slot == 2 else "widen")
+    starts = [p.seed_theta[toy.kind("bypass" if s == 2 else "widen")][h, s, 0] for h in range(2) for s in range(3)]
+    assert len(torch.stack(starts).unique()) == 6
 
 
 def test_germinating_in_a_live_slot_changes_nothing(toy):
     p = toy.population(KEYS[:2])
-    toy.plant(p, 0, 1, MLP)
+    toy.plant(p, 0, 1, "mlp")
     p.train_epoch()
     before = p.state_dict()
     with pytest.raises(ValueError, match="GERMINATE is not legal in stage TRAINING"):
-        p.germinate(torch.ones(2, 3, dtype=torch.bool), torch.full((2, 3), GLU))
+        p.germinate(torch.ones(2, 3, dtype=torch.bool), torch.full((2, 3), 1))
     assert toy.differences(before, p.state_dict()) == []
+
+
+@pytest.mark.parametrize("zero_init", [False, True])
+def test_zero_init_starts_outputs_at_zero(toy, zero_init):
+    p = toy.population([11], "causal", zero_init=zero_init)
+    before = p.validation_loss.clone()
+    for kind, name in enumerate(toy.CATALOGUE):
+        fork = p.fork(torch.tensor([0]))
+        toy.plant(fork, 0, 1, kind)
+        fork.lifecycle.alpha[0, 1] = 1.0
+        fork._evaluate(torch.arange(1))
+        assert torch.equal(fork.validation_loss, before) == (zero_init and name != "norm"), name
 
 
 def test_remove_unfinished_keeps_only_what_is_finished(toy):
     p = toy.population([11, 11, 12])
     for host in range(3):
-        toy.hold(p, host, 0, MLP)
-        toy.hold(p, host, 1, GLU)
+        toy.hold(p, host, 0, "mlp")
+        toy.hold(p, host, 1, "glu")
         p.lifecycle.stage[host, 1] = Stage.BLENDING
         p.lifecycle.ramp[host, 1] = 8
-    toy.plant(p, 1, 2, NORM)
+    toy.plant(p, 1, 2, "norm")
     p.train_epoch()
     before = p.state_dict()
     p.remove_unfinished(torch.tensor([False, True, False]))
@@ -415,19 +253,37 @@ def test_remove_unfinished_keeps_only_what_is_finished(toy):
     slow.sync()
     assert list(slow.seeds) == [0]
     close(float(p.validation_loss[1]), slow.validation_loss([1.0, 0, 0]))
+    close(p.statistics.history[1, 0], p.validation_loss[1])
+    assert p.statistics.history_length[1] == 2
     assert abs(float(p.validation_loss[1] - before["validation_loss"][1])) > 1e-4
+    assert p.statistics.contribution_known[1].tolist() == [True, False, False]
 
 
-# ---- contributions ------------------------------------------------------------------------------------------------
+# ---- evaluation ---------------------------------------------------------------------------------------------------
 
 
-def test_contributions_are_the_loss_without_minus_the_loss(toy):
+def test_an_epoch_without_evaluation_trains_all_the_same(toy):
+    full, bare = toy.population(KEYS[:3]), toy.population(KEYS[:3], measured=False)
+    for p in (full, bare):
+        toy.walk(p, KEYS[:3], 3)
+    before = bare.validation_loss.clone()
+    for _ in range(3):
+        for p in (full, bare):
+            toy.act(p, KEYS[:3])
+        full.train_epoch()
+        bare.train_epoch(evaluate=False)
+    different = toy.differences(full.state_dict(), bare.state_dict())
+    assert [name for name in different if not name.startswith("/statistics")] == ["/validation_loss"]
+    assert torch.equal(bare.validation_loss, before)
+
+
+@pytest.mark.parametrize("task", ["mlp", "causal"])
+def test_contributions_are_the_loss_without_minus_the_loss(toy, task):
     keys = KEYS[:5]
-    p, checked = toy.population(keys), 0
-    for _ in range(10):
+    p, checked = toy.population(keys, task, data=toy.data(task, validation=150)), 0
+    for _ in range(8):
         toy.act(p, keys, "contribution")
-        slow = [toy.SlowHost(p, k) for k in range(5)]
-        alphas = [one.alphas(ahead=1) for one in slow]
+        alphas = [toy.SlowHost(p, k).alphas(ahead=1) for k in range(5)]
         p.train_epoch()
         for host, alpha in enumerate(alphas):
             one = toy.SlowHost(p, host)
@@ -437,8 +293,26 @@ def test_contributions_are_the_loss_without_minus_the_loss(toy):
             for slot in range(3):
                 if known[slot]:
                     without = [0.0 if s == slot else a for s, a in enumerate(alpha)]
-                    expected = one.validation_loss(without) - one.validation_loss(alpha)
+                    expected = one.validation_loss(without, samples=128) - one.validation_loss(alpha, samples=128)
                     close(float(p.statistics.contribution[host, slot]), expected, atol=3e-6)
                     assert int(p.statistics.contribution_age[host, slot]) == 0
                     checked += sum(known) > 1  # with another seed there, which has to stay as it is
     assert checked > 5
+
+
+@pytest.mark.parametrize("task", ["mlp", "causal", "grid"])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_accuracy_by_hand(toy, task, split):
+    p = toy.population(KEYS[:3], task)
+    for host, kind in ((0, "mlp"), (2, "norm")):
+        toy.hold(p, host, 1, kind)
+    p.train_epoch()
+    expected = []
+    for k in (2, 0):
+        slow = toy.SlowHost(p, k)
+        slow.sync()
+        x, y = getattr(p.data, f"{split}_x"), getattr(p.data, f"{split}_y")
+        with torch.no_grad():
+            right = slow.forward(x, slow.alphas(ahead=0), 1)[0].argmax(1) == y.flatten()
+        expected.append(float(right.float().mean()))
+    assert p.accuracy(torch.tensor([2, 0]), split).tolist() == pytest.approx(expected)

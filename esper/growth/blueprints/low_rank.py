@@ -1,8 +1,9 @@
 """Low-rank linear correction: the cheapest block that mixes units."""
 
+import torch
 from torch import Tensor
 
-from esper.growth.blueprints.registry import Blueprint, ParameterSpec, register
+from esper.growth.blueprints.registry import Blueprint, ParameterSpec, Site, register
 
 RANK = 2
 
@@ -11,11 +12,14 @@ RANK = 2
 class LowRank(Blueprint):
     """`V (U h)` of rank 2, as in low-rank adaptation (Hu et al., arXiv 2106.09685)."""
 
-    def parameters(self, width: int) -> dict[str, ParameterSpec]:
-        return {"u": ParameterSpec((width, RANK), fan_in=width), "v": ParameterSpec((RANK, width), fan_in=RANK)}
+    def parameters(self, site: Site) -> dict[str, ParameterSpec]:
+        return {
+            "u": ParameterSpec((site.width, RANK), fan_in=site.width),
+            "v": ParameterSpec((RANK, site.width), fan_in=RANK, output=True),
+        }
 
-    def delta(self, p: dict[str, Tensor], h: Tensor) -> Tensor:
-        return h @ p["u"] @ p["v"]
+    def delta(self, p: dict[str, Tensor], x: Tensor, units: Tensor, site: Site) -> Tensor:
+        return torch.bmm(torch.bmm(x, p["u"]), p["v"])
 
-    def flops(self, width: int) -> int:
-        return 2 * RANK * width
+    def flops(self, site: Site) -> int:
+        return 2 * RANK * site.width * site.tokens

@@ -7,64 +7,77 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
+from esper.growth.parameters import ParameterSpec
+
 
 @dataclass(frozen=True)
-class ParameterSpec:
-    """Shape of one parameter of one seed, and how it starts.
+class Site:
+    """Where seeds live: what all slots of a host have in common.
 
-    `uniform`: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) with fan_in = `fan_in` or the last dimension, as torch.nn.Linear.
+    Attributes:
+        width: units per token.
+        grid: how the tokens lie; (1,) for hosts without tokens.
+        causal: a token may only see itself and those before it.
     """
 
-    shape: tuple[int, ...]
-    init: Literal["uniform", "zeros", "ones"] = "uniform"
-    fan_in: int | None = None
+    width: int
+    grid: tuple[int, ...] = (1,)
+    causal: bool = False
 
     @property
-    def size(self) -> int:
-        size = 1
-        for extent in self.shape:
-            size *= extent
-        return size
+    def tokens(self) -> int:
+        count = 1
+        for extent in self.grid:
+            count *= extent
+        return count
 
 
 class Blueprint(ABC):
-    """A kind of block that can be grafted into a slot: `h + alpha * delta(h)`.
+    """A kind of block that can be grafted into a slot: `h + alpha * delta(x)`.
 
-    The four flags are features of the blueprint node of the observation graph.
+    It reads the output h of the slot's stage, or that stage's input if `reads_source`. The other four flags are features
+    of the blueprint node of the observation graph.
     """
 
     name: ClassVar[str]
+    reads_source: ClassVar[bool] = False
     mixes_tokens: ClassVar[bool] = False
     gated: ClassVar[bool] = False
     residual: ClassVar[bool] = True
     widens: ClassVar[bool] = False
 
-    @abstractmethod
-    def parameters(self, width: int) -> dict[str, ParameterSpec]:
-        """Parameters of one seed in a slot of `width` units."""
+    def fits(self, site: Site) -> bool:
+        """Whether it can be grafted there: what mixes tokens needs some."""
+        return not self.mixes_tokens or site.tokens > 1
 
     @abstractmethod
-    def delta(self, p: dict[str, Tensor], h: Tensor) -> Tensor:
-        """What the seed adds to its slot.
+    def parameters(self, site: Site) -> dict[str, ParameterSpec]:
+        """Parameters of one seed. Every dimension must grow with `site.width` or be constant in it."""
+
+    @abstractmethod
+    def delta(self, p: dict[str, Tensor], x: Tensor, units: Tensor, site: Site) -> Tensor:
+        """What the seed adds to its slot; the engine sets padding to 0.
 
         Args:
             p: parameters, each [m, *shape] for m seeds that run together.
-            h: [m, batch, width], the slot's input.
+            x: [m, rows, width] with rows = batch * tokens, what the seed reads; 0 on padding.
+            units: [m, 1, width], 1 for the units that a host has and 0 for padding.
+            site: where they live; `site.width` is that of the widest host.
 
         Returns:
-            [m, batch, width].
+            [m, rows, width].
         """
 
     @abstractmethod
-    def flops(self, width: int) -> int:
-        """Multiply-adds for one sample, forward."""
+    def flops(self, site: Site) -> int:
+        """Multiply-adds for one sample (all its tokens), forward."""
 
-    def parameter_count(self, width: int) -> int:
-        return sum(spec.size for spec in self.parameters(width).values())
+    def parameter_count(self, site: Site) -> int:
+        return sum(spec.size for spec in self.parameters(site).values())
 
 
 _REGISTRY: dict[str, Blueprint] = {}

@@ -1,0 +1,69 @@
+"""The ungrown twins that rewards compare with, each trained once per context and remembered.
+
+A twin has its host's context and key, so its whole episode is known from them alone. Twins are trained side by side when
+an episode starts; controllers that meet the same instances meet the same twins.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from esper.growth.context import Context
+from esper.growth.population import Population
+from esper.growth.state import PopulationSpec
+
+_BATCH = 256  # twins trained side by side
+
+
+class Twins:
+    """Episodes without growth.
+
+    Args:
+        spec: what hosts have in common.
+        epochs: of an episode.
+        device: where they are trained.
+        capacity: episodes remembered; the oldest are forgotten first.
+    """
+
+    def __init__(self, spec: PopulationSpec, epochs: int, device: torch.device | str, capacity: int = 100_000):
+        self._spec = PopulationSpec(**{**vars(spec), "measured": False})
+        self._epochs, self._device, self._capacity = epochs, device, capacity
+        self._known: OrderedDict[int, Tensor] = OrderedDict()
+
+    def __call__(self, context: Context) -> Tensor:
+        """float32 [m, epochs + 3] on the CPU: validation losses at the start and after each epoch, then the accuracies
+        at the end on the validation and the test split.
+
+        Contexts with the same key must be equal, as those drawn for one environment are.
+        """
+        keys = context.key.tolist()
+        missing = [row for row, key in enumerate(keys) if key not in self._known]
+        for first in range(0, len(missing), _BATCH):
+            rows = missing[first : first + _BATCH]
+            for row, episode in zip(rows, self._train(context.rows(torch.tensor(rows))), strict=True):
+                self._known[keys[row]] = episode
+        episodes = torch.stack([self._known[key] for key in keys])
+        for _ in range(max(len(self._known) - self._capacity, 0)):
+            self._known.popitem(last=False)
+        return episodes
+
+    def _train(self, context: Context) -> Tensor:
+        population, everyone = Population(self._spec, len(context), self._device), torch.arange(len(context))
+        population.reset(everyone, context)
+        losses = [population.validation_loss.cpu()]
+        for _ in range(self._epochs):
+            population.train_epoch()
+            losses.append(population.validation_loss.cpu())
+        accuracies = [population.accuracy(everyone, split).cpu() for split in ("validation", "test")]
+        return torch.stack(losses + accuracies, dim=1)
+
+
+_SHARED: dict[str, Twins] = {}
+
+
+def shared(spec: PopulationSpec, epochs: int, device: torch.device | str, identity: str) -> Twins:
+    """The twins of this process for environments of the same `identity`, which says all that twins depend on."""
+    return _SHARED.setdefault(f"{identity}@{device}", Twins(spec, epochs, device))

@@ -1,0 +1,27 @@
+"""A way around a stage: what repairs a stage that lets too little through."""
+
+import torch
+from torch import Tensor
+
+from esper.growth.blueprints.registry import Blueprint, ParameterSpec, Site, register
+
+
+@register("bypass")
+class Bypass(Blueprint):
+    """`W x + b` of the stage's input x: a projection shortcut (He et al., arXiv 1512.03385)."""
+
+    reads_source = True
+    residual = False
+
+    def parameters(self, site: Site) -> dict[str, ParameterSpec]:
+        width = site.width
+        return {
+            "w": ParameterSpec((width, width), fan_in=width, output=True),
+            "b": ParameterSpec((1, width), fan_in=width, output=True),
+        }
+
+    def delta(self, p: dict[str, Tensor], x: Tensor, units: Tensor, site: Site) -> Tensor:
+        return torch.baddbmm(p["b"], x, p["w"])
+
+    def flops(self, site: Site) -> int:
+        return site.width**2 * site.tokens

@@ -1,0 +1,168 @@
+"""Which seeds run in a forward pass of M rows of hosts, and how they are added to their slots.
+
+The seeds of a blueprint are one block of parameters whatever slots they live in, and those of one (slot, blueprint) run
+together. A slot gathers the inputs of all its seeds at once and adds what they say at once: at these sizes every
+operation costs more than its arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from esper.growth.state import PopulationState
+
+
+class _Take(torch.autograd.Function):
+    """Rows of x; the gradient that flows back is multiplied by `passing` [m, 1, 1]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, passing: Tensor) -> Tensor:
+        ctx.save_for_backward(index, passing)
+        ctx.shape = x.shape
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        index, passing = ctx.saved_tensors
+        blank = gradients[0].new_zeros(ctx.shape)
+        # A diverged seed must not reach its host: nan * 0 is nan.
+        flowing = (gradients[0] * passing).nan_to_num_(0.0)
+        return blank.index_add_(0, index, flowing), None, None
+
+
+class _Scale(torch.autograd.Function):
+    """`delta * factor`, with the gradient of `delta * through`."""
+
+    @staticmethod
+    def forward(ctx: Any, delta: Tensor, factor: Tensor, through: Tensor) -> Tensor:
+        ctx.save_for_backward(through)
+        return (delta * factor).nan_to_num_(0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0] * ctx.saved_tensors[0], None, None
+
+
+class _Slot(NamedTuple):
+    """The seeds of one slot: those that read the stage's output, then those that read its input."""
+
+    groups: list[tuple[int, int]]  # (block, piece of the block)
+    counts: tuple[list[int], list[int]]  # rows of each group, for the two sides
+    from_output: Tensor | None  # rows [m]
+    from_input: Tensor | None
+    rows: Tensor  # [m] of all of them
+    units: list[Tensor]  # [m, 1, width] per group
+    factor: Tensor  # [m, 1, width], alpha on the units that the host has
+    through: Tensor | None  # the same for the gradient, where it differs
+    passing: list[Tensor | None]  # [m, 1, 1] for outputs and inputs, where not all of it flows back
+
+
+class Grafts:
+    """The seeds of M rows of hosts.
+
+    Args:
+        population: whose.
+        hosts: int64 [M], repeats allowed.
+        kinds: int64 [M, slots], the blueprint that runs there; negative where none does.
+        alpha: float32 [M, slots].
+        isolated: bool [M, slots] or None; where a seed learns beside the host: it adds 0 and nothing flows back into
+            the host, but the seed's gradient is as if alpha were 1 (a straight-through gradient).
+    """
+
+    def __init__(
+        self, population: PopulationState, hosts: Tensor, kinds: Tensor, alpha: Tensor, isolated: Tensor | None = None
+    ):
+        self.population = p = population
+        owned = torch.arange(p.spec.width) < p.context.width[hosts][:, None]
+        # Sorted by slot within a block, so that each (slot, blueprint) is one piece of it.
+        self.blocks: list[tuple[int, Tensor, Tensor, list[int]]] = []  # (blueprint, hosts, slots, pieces)
+        places: list[list[tuple[int, int, Tensor]]] = [[] for _ in range(p.slots)]
+        for kind in range(len(p.catalogue)):
+            slots, rows = (kinds.T == kind).nonzero(as_tuple=True)
+            if not len(rows):
+                continue
+            pieces = torch.bincount(slots, minlength=p.slots).tolist()
+            for slot, part in enumerate(rows.split(pieces)):
+                if len(part):
+                    number = sum(count > 0 for count in pieces[:slot])
+                    places[slot].append((len(self.blocks), number, part))
+            self.blocks.append((kind, hosts[rows], slots, [count for count in pieces if count]))
+        self._slots: list[_Slot | None] = [
+            self._slot(slot, groups, owned, alpha, isolated) if groups else None for slot, groups in enumerate(places)
+        ]
+
+    def _slot(
+        self,
+        slot: int,
+        groups: list[tuple[int, int, Tensor]],
+        owned: Tensor,
+        alpha: Tensor,
+        isolated: Tensor | None,
+    ) -> _Slot:
+        p = self.population
+        moved = p.moved
+        reads_source = [p.catalogue[self.blocks[block][0]].reads_source for block, _, _ in groups]
+        order = sorted(range(len(groups)), key=lambda g: reads_source[g])
+        groups = [groups[g] for g in order]
+        sides = [
+            [rows for (_, _, rows), source in zip(groups, sorted(reads_source), strict=True) if source is side]
+            for side in (False, True)
+        ]
+        picked = [torch.cat(side) if side else None for side in sides]
+        rows = torch.cat([side for side in picked if side is not None])
+        units = owned[rows, None].float()
+        factor = alpha[rows, slot, None, None] * units
+        through, passing = None, [None, None]
+        if isolated is not None and isolated[rows, slot].any():
+            alone = isolated[rows, slot, None, None].float()
+            through = moved(torch.maximum(alone, alpha[rows, slot, None, None]) * units)
+            passing = [None if side is None else moved(1.0 - isolated[side, slot, None, None].float()) for side in picked]
+        return _Slot(
+            groups=[(block, piece) for block, piece, _ in groups],
+            counts=([len(part) for part in sides[0]], [len(part) for part in sides[1]]),
+            from_output=None if picked[0] is None else moved(picked[0]),
+            from_input=None if picked[1] is None else moved(picked[1]),
+            rows=moved(rows),
+            units=list(moved(units).split([len(part) for _, _, part in groups])),
+            factor=moved(factor),
+            through=through,
+            passing=passing,
+        )
+
+    def gathered(self, per_blueprint: list[Tensor]) -> list[Tensor]:
+        """The seeds' rows [m, P_b] of each block from [N, slots, P_b] per blueprint."""
+        return [per_blueprint[kind][hosts, slots] for kind, hosts, slots, _ in self.blocks]
+
+    def use(self, flats: list[Tensor]) -> None:
+        """Sets the parameters [m, P_b] of each block."""
+        p = self.population
+        self._parameters = []
+        for (kind, _, _, pieces), flat in zip(self.blocks, flats, strict=True):
+            names = p.seed_names[kind]
+            parts = [view.split(pieces) for view in p.seed_tables[kind].views(flat)]
+            self._parameters.append([dict(zip(names, piece, strict=True)) for piece in zip(*parts, strict=True)])
+
+    def __call__(self, slot: int, h: Tensor, source: Tensor) -> Tensor:
+        """Adds the seeds of `slot` to its stage's output h; `source` is the stage's input; all [M, rows, width]."""
+        plan = self._slots[slot]
+        if plan is None:
+            return h
+        site, catalogue = self.population.spec.site, self.population.catalogue
+        fed: list[Tensor] = []
+        sides = zip((h, source), (plan.from_output, plan.from_input), plan.passing, plan.counts, strict=True)
+        for x, index, passing, counts in sides:
+            if index is not None:
+                taken = x.index_select(0, index) if passing is None else _Take.apply(x, index, passing)
+                fed += taken.split(counts)
+        deltas = [
+            catalogue[self.blocks[block][0]].delta(self._parameters[block][piece], x, units, site)
+            for (block, piece), x, units in zip(plan.groups, fed, plan.units, strict=True)
+        ]
+        delta = torch.cat(deltas) if len(deltas) > 1 else deltas[0]
+        added = delta * plan.factor if plan.through is None else _Scale.apply(delta, plan.factor, plan.through)
+        return h.index_add(0, plan.rows, added)
+
