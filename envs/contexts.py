@@ -68,7 +68,7 @@ class SequentialConfig:
     at_start: float = 0.5  # share of the defects that are there from the start
     window: list[float] = field(default_factory=lambda: [0.33, 0.67])  # when the others strike, in episodes
     decoys: float = 0.45
-    seeds: int = 3  # germinations allowed
+    seeds: int = 2  # germinations allowed
 
 
 @dataclass
@@ -233,8 +233,13 @@ def draw(
     defect = torch.where(is_repair[:, None], repair, sequence)
     later = (draws(deepest) >= config.sequential.at_start) & is_sequential[:, None] & defective
     share = torch.zeros(m)
-    for mask, settings in ((is_repair, config.repair), (is_sequential, config.sequential), (is_shift, config.shift)):
-        share = torch.where(mask, settings.decoys, share)
+    decoys = (
+        (is_repair, config.repair.decoys),
+        (is_sequential, config.sequential.decoys),
+        (is_shift, config.shift.decoys),
+    )
+    for mask, chance in decoys:
+        share = torch.where(mask, chance, share)
     unusual = (draws(deepest) < share[:, None]) & ~defective & exists
     decoy = torch.tensor(DECOYS)[(draws(deepest) * len(DECOYS)).long()]
     context.condition = torch.where(defective & ~later, defect, torch.where(unusual, decoy, Condition.HEALTHY))
@@ -252,6 +257,11 @@ def draw(
 
     context.width = torch.where(is_growth, draws.integer(config.growth.width), context.width)
     context.priced = is_growth
-    for mask, settings in ((is_sequential, config.sequential), (is_shift, config.shift), (is_growth, config.growth)):
-        context.seeds = torch.where(mask, settings.seeds, context.seeds)
+    budgets = (
+        (is_sequential, config.sequential.seeds),
+        (is_shift, config.shift.seeds),
+        (is_growth, config.growth.seeds),
+    )
+    for mask, seeds in budgets:
+        context.seeds = torch.where(mask, seeds, context.seeds)
     return context, kind

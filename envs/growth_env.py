@@ -182,8 +182,8 @@ class GrowthEnv:
     def _summary(self, ended: Tensor, score: Tensor) -> dict[str, Tensor]:
         """What is known of the episodes that have ended in the environments `ended` ([m]); every entry is [m].
 
-        Test accuracies come from the test split; they are for reports and never enter observation or reward. `kind` is an
-        index into `contexts.KINDS`.
+        Test accuracies come from the test split; they are for reports and never enter observation or reward. `kind` is
+        an index into `contexts.KINDS`.
         """
         p = self.population
         return {

@@ -1,7 +1,7 @@
 """Controllers that may train forks of a host to see what an action leads to: ceilings for those that may not.
 
-A causal look-ahead forks a host as it is now and takes the strikes and shifts that are still to come out of the fork, or
-draws others in their place; it never sees the host's own future. The clairvoyant oracle keeps them.
+A causal look-ahead forks a host as it is now and takes the strikes and shifts that are still to come out of the fork,
+or draws others in their place; it never sees the host's own future. The clairvoyant oracle keeps them.
 """
 
 from __future__ import annotations
@@ -29,57 +29,88 @@ Future = Literal["none", "own", "drawn"]
 _BATCH = 384  # forks trained side by side
 
 
+RENT = 10.0
+"""Points of accuracy that 100 % more parameters cost, in reports and in what look-aheads maximise."""
+
+_AVERAGED = 3  # last epochs over which a look-ahead averages, against the noise of single epochs
+
+
 @dataclass
 class Outcome:
-    """How episodes ended; each [m]. Points are percentages of accuracy, less `RENT` per 100 % more parameters."""
+    """How episodes ended; each [m]. Points are percentages of accuracy, less RENT per 100 % more parameters."""
 
-    loss: Tensor
-    validation: Tensor  # points
-    test: Tensor
+    value: Tensor  # validation points, averaged over the last epochs: what choices are made by
+    test: Tensor  # points
     growth: Tensor  # parameters kept over those of the host
 
     @staticmethod
     def cat(parts: list[Outcome]) -> Outcome:
         return Outcome(*(torch.cat([getattr(p, name) for p in parts]) for name in Outcome.__dataclass_fields__))
 
-    def value(self) -> Tensor:
-        """What a choice is made by: validation points, the loss breaking near-ties of few samples."""
-        return self.validation - LOSS_WEIGHT * self.loss.nan_to_num(nan=20.0, posinf=20.0).clamp(max=20)
+
+class Meter:
+    """Trains a population and keeps the area under its accuracy curves over compute, for hosts scored by that.
+
+    Compute is counted in ungrown episodes and the area ends at 1, so that a grown host, whose epochs cost more, is done
+    earlier.
+    """
+
+    def __init__(self, population: Population, config: EnvConfig):
+        self._population, self._epochs = population, config.epochs
+        self.priced = population.context.priced
+        self.area = torch.zeros(2, population.hosts)  # on the validation and the test split
+
+    def train_epoch(self, evaluate: bool) -> None:
+        """One epoch."""
+        p = self._population
+        if not self.priced.any():
+            p.train_epoch(evaluate)
+            return
+        whole = self._epochs * p.host_flops()
+        spent = p.epoch / self._epochs + p.extra_flops / whole
+        p.train_epoch(evaluate)
+        now = p.epoch / self._epochs + p.extra_flops / whole
+        share = now.clamp(max=1) - spent.clamp(max=1)
+        everyone = torch.arange(p.hosts)
+        accuracy = torch.stack([p.accuracy(everyone, split).cpu() for split in ("validation", "test")])
+        self.area += share * accuracy
 
 
-RENT = 10.0
-LOSS_WEIGHT = 1.0
-
-
-def finish(population: Population, config: EnvConfig, controller: Controller | None = None) -> Outcome:
+def finish(
+    population: Population, config: EnvConfig, controller: Controller | None = None, meter: Meter | None = None
+) -> Outcome:
     """Trains to the end of the episode, with `controller` deciding from now on (None: nothing more is done).
 
-    All hosts must be at the same epoch; a controller must have begun, and be at that epoch.
+    All hosts must be at the same epoch; a controller must have begun, and be at that epoch. A meter that has run from
+    the start of the episode makes outcomes of hosts that are scored by area absolute; else only their differences mean
+    anything.
     """
     everyone = torch.arange(population.hosts)
     layout = ActionLayout(population.slots, len(population.catalogue))
     observer = Observer(population, config.epochs) if controller else None
-    left = config.epochs - int(population.epoch[0])
-    for _ in range(left):
+    meter = meter or Meter(population, config)
+    accuracies = []
+    for epoch in range(int(population.epoch[0]), config.epochs):
         if controller and observer:
             layout.execute(population, controller.act(observer()).cpu())
-        population.train_epoch(evaluate=controller is not None)
+        meter.train_epoch(evaluate=controller is not None)
+        if config.epochs - _AVERAGED <= epoch < config.epochs - 1:
+            accuracies.append(population.accuracy(everyone, "validation").cpu())
     population.remove_unfinished(torch.ones(population.hosts, dtype=torch.bool))
+    accuracies.append(population.accuracy(everyone, "validation").cpu())
     growth = population.seed_parameters(is_kept(population.lifecycle.stage)) / population.host_parameters()
-    losses, asked, _ = population._validate(everyone, population.lifecycle.alpha)
-    return Outcome(
-        loss=((losses * asked).sum(1) / asked.sum(1).clamp(min=1)).cpu(),
-        validation=100 * population.accuracy(everyone, "validation").cpu() - RENT * growth,
-        test=100 * population.accuracy(everyone, "test").cpu() - RENT * growth,
-        growth=growth,
-    )
+    value = torch.where(meter.priced, meter.area[0], torch.stack(accuracies).mean(0))
+    test = torch.where(meter.priced, meter.area[1], population.accuracy(everyone, "test").cpu())
+    return Outcome(100 * value - RENT * growth, 100 * test - RENT * growth, growth)
 
 
 def germinations(population: Population) -> tuple[Tensor, Tensor]:
     """(row, action) of WAIT and of every legal germination, row by row."""
     layout = ActionLayout(population.slots, len(population.catalogue))
     verbs = layout.table()[0]
-    return (layout.mask(population) & ((verbs == Verb.GERMINATE) | (verbs == Verb.WAIT))).nonzero(as_tuple=True)
+    allowed = layout.mask(population) & ((verbs == Verb.GERMINATE) | (verbs == Verb.WAIT))
+    rows, actions = allowed.nonzero(as_tuple=True)
+    return rows, actions
 
 
 def redrawn(context: Context, config: EnvConfig, epoch: Tensor, salt: int) -> Context:
@@ -122,14 +153,25 @@ def tried(
             if future == "drawn":
                 fork.context = redrawn(fork.context, config, fork.epoch, salt)
             layout.execute(fork, actions[part])
-            acting = None
+            acting, meter = None, Meter(fork, config)
             if controller:
                 # The action has been taken; the controller goes on from the next epoch.
-                fork.train_epoch()
+                meter.train_epoch(evaluate=True)
                 acting = controller()
-            values.append(finish(fork, config, acting).value())
+            values.append(finish(fork, config, acting, meter).value)
         total += torch.cat(values)
     return total / futures
+
+
+def finalists(rows: Tensor, actions: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(rows, actions) of WAIT and of the `count` germinations with the largest values of each host."""
+    order = values.argsort(descending=True, stable=True)
+    order = order[rows[order].argsort(stable=True)]  # by host, best first
+    order = order[actions[order] != WAIT]
+    before = torch.arange(len(order)) - torch.searchsorted(rows[order], rows[order])
+    chosen = torch.cat([order[before < count], (actions == WAIT).nonzero().squeeze(1)])
+    chosen = chosen[rows[chosen].argsort(stable=True)]
+    return rows[chosen], actions[chosen]
 
 
 def best(rows: Tensor, actions: Tensor, values: Tensor, hosts: int, margin: float = 0.0) -> Tensor:

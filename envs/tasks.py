@@ -139,9 +139,9 @@ def _charlm() -> _Arrays:
 class _Task:
     """Where a task's samples come from, how their tokens lie, and how many are for training and for validation.
 
-    The rest is the test split. Validation runs after every epoch of every host, so that it is small where a sample costs
-    much. Samples of text stay in its order, so that the splits are stretches of it, and their
-    features stay one-hot; any others are shuffled and standardised.
+    The rest is the test split. Validation runs after every epoch of every host, so that it is small where a sample
+    costs much. Samples of text stay in its order, so that the splits are stretches of it, and their features stay
+    one-hot; any others are shuffled and standardised.
     """
 
     loader: Callable[[], _Arrays]

@@ -1,7 +1,7 @@
 """The ungrown twins that rewards compare with, each trained once per context and remembered.
 
-A twin has its host's context and key, so its whole episode is known from them alone. Twins are trained side by side when
-an episode starts; controllers that meet the same instances meet the same twins.
+A twin has its host's context and key, so its whole episode is known from them alone. Twins are trained side by side
+when an episode starts; controllers that meet the same instances meet the same twins.
 """
 
 from __future__ import annotations

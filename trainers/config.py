@@ -130,11 +130,63 @@ class EvaluateConfig(EvaluationConfig):
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
+@dataclass
+class BenchmarkSettings:
+    """What a benchmark measures, and how often."""
+
+    tasks: list[str] = field(default_factory=lambda: ["digits", "digits_conv"])  # files of conf/env
+    hosts: int = 32  # trained together
+    hosts_one_by_one: int = 8  # of these, also trained one by one
+    sizes: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])  # numbers of hosts that are compared
+    repeats: int = 15
+    size_repeats: int = 3  # of `sizes`
+    warmup: int = 2  # repeats that do not count
+    clock: str = "wall"  # wall, or cpu: the process's own time, for a busy machine
+
+
+@dataclass
+class BenchmarkConfig:
+    """`python -m trainers.benchmark`."""
+
+    suite: str = "env"
+    seed: int = 0
+    output: str = MISSING  # the file to write
+    benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def validate(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ConfigError: names the key, the value and the remedy.
+        """
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: must not be negative")
+        self.runtime.validate()
+        s = self.benchmark
+        check_positive("benchmark", {name: getattr(s, name) for name in ("hosts", "repeats", "size_repeats")})
+        if not 1 <= s.hosts_one_by_one <= s.hosts:
+            raise ConfigError(
+                f"benchmark.hosts_one_by_one={s.hosts_one_by_one}: must be from 1 to {s.hosts}, all hosts"
+            )
+        if s.warmup < 0:
+            raise ConfigError(f"benchmark.warmup={s.warmup}: must not be negative")
+        if any(n < 1 for n in s.sizes):
+            raise ConfigError(f"benchmark.sizes={s.sizes}: numbers of hosts must be above 0")
+        if s.clock not in ("wall", "cpu"):
+            raise ConfigError(f"benchmark.clock={s.clock}: choose wall or cpu")
+        if s.clock == "cpu" and self.runtime.device != "cpu":
+            raise ConfigError(f"benchmark.clock=cpu: does not see what runs on {self.runtime.device}; choose wall")
+        if not s.tasks:
+            raise ConfigError("benchmark.tasks=[]: name at least one file of conf/env")
+
+
 def register() -> None:
     """Makes the schemas known to Hydra, and the resolvers that `conf/` uses."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
+    store.store(name="benchmark_schema", node=BenchmarkConfig)
     OmegaConf.register_new_resolver("esper.run_dir", _run_dir, use_cache=True, replace=True)
     OmegaConf.register_new_resolver(
         "esper.output_subdir", lambda resume: ".hydra_resume" if resume else ".hydra", replace=True

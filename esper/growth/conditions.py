@@ -62,7 +62,7 @@ class StageSettings(NamedTuple):
 class Activations:
     """How every stage of N hosts maps its pre-activations now; each [N, S] but for `units`.
 
-    `used` says for each stage whether leak, shift and skip do anything there, known before the tensors move to a device.
+    `used` says for each stage whether leak, shift and skip do anything there, known before tensors move to a device.
     """
 
     low: Tensor
@@ -75,8 +75,11 @@ class Activations:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Activations:
         """With `function` applied to every tensor."""
-        tensors = [getattr(self, name) for name in ("low", "high", "leak", "units", "shift", "skip")]
-        return Activations(*map(function, tensors), self.used)
+        low, high, leak, units, shift, skip = (function(value) for value in self.tensors())
+        return Activations(low, high, leak, units, shift, skip, self.used)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.low, self.high, self.leak, self.units, self.shift, self.skip
 
     def stage(self, number: int) -> StageSettings:
         low, high, leak, shift, skip = (

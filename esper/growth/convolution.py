@@ -33,7 +33,9 @@ class Convolution:
         for extent in grid:
             self.tokens *= extent
         reach = range(kernel)
-        offsets = list(product(*[[(i - (kernel - 1 if causal else kernel // 2)) * dilation for i in reach]] * len(grid)))
+        offsets = list(
+            product(*[[(i - (kernel - 1 if causal else kernel // 2)) * dilation for i in reach]] * len(grid))
+        )
         self.taps = len(offsets)
         coordinates = list(product(*map(range, grid)))
         index = {coordinate: token for token, coordinate in enumerate(coordinates)}

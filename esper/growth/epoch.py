@@ -88,9 +88,13 @@ class EpochRun:
         self.update.zero_()
         # One pass for m, v and m / (sqrt(v) + epsilon); so late a step has no bias left to correct.
         late = torch.full((), 1e9, device=self.theta.device)
-        state = [[self.update], [gradient], [self.exp_avg], [self.exp_avg_sq], [], [late]]
         adam(
-            *state,
+            [self.update],
+            [gradient],
+            [self.exp_avg],
+            [self.exp_avg_sq],
+            [],
+            [late],
             fused=True,
             amsgrad=False,
             beta1=t.beta1,

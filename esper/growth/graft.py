@@ -82,7 +82,7 @@ class Grafts:
         self.blocks: list[tuple[int, Tensor, Tensor, list[int]]] = []  # (blueprint, hosts, slots, pieces)
         places: list[list[tuple[int, int, Tensor]]] = [[] for _ in range(p.slots)]
         for kind in range(len(p.catalogue)):
-            slots, rows = (kinds.T == kind).nonzero(as_tuple=True)
+            slots, rows = torch.eq(kinds.T, kind).nonzero(as_tuple=True)
             if not len(rows):
                 continue
             pieces = torch.bincount(slots, minlength=p.slots).tolist()
@@ -116,11 +116,14 @@ class Grafts:
         rows = torch.cat([side for side in picked if side is not None])
         units = owned[rows, None].float()
         factor = alpha[rows, slot, None, None] * units
-        through, passing = None, [None, None]
+        through: Tensor | None = None
+        passing: list[Tensor | None] = [None, None]
         if isolated is not None and isolated[rows, slot].any():
             alone = isolated[rows, slot, None, None].float()
             through = moved(torch.maximum(alone, alpha[rows, slot, None, None]) * units)
-            passing = [None if side is None else moved(1.0 - isolated[side, slot, None, None].float()) for side in picked]
+            passing = [
+                None if side is None else moved(1.0 - isolated[side, slot, None, None].float()) for side in picked
+            ]
         return _Slot(
             groups=[(block, piece) for block, piece, _ in groups],
             counts=([len(part) for part in sides[0]], [len(part) for part in sides[1]]),
@@ -165,4 +168,3 @@ class Grafts:
         delta = torch.cat(deltas) if len(deltas) > 1 else deltas[0]
         added = delta * plan.factor if plan.through is None else _Scale.apply(delta, plan.factor, plan.through)
         return h.index_add(0, plan.rows, added)
-

@@ -71,7 +71,9 @@ class Observer:
             "blueprint": self._blueprint(),
         }
         stage = self._exists[:, 1:-1]
-        node_mask = {node: torch.ones(n, count, dtype=torch.bool) for node, count in (("global", 1), *self._nodes.items())}
+        node_mask = {
+            node: torch.ones(n, count, dtype=torch.bool) for node, count in (("global", 1), *self._nodes.items())
+        }
         node_mask |= {"layer": self._exists, "activation": stage, "slot": stage}
         x = {
             node: (value.nan_to_num(nan=BOUND).clamp(-BOUND, BOUND) * p.moved(node_mask[node])[..., None])

@@ -49,7 +49,7 @@ class ParameterTable:
         self.specs = specs(widest)
         self.size = sum(spec.size for spec in self.specs)
         self.sizes = [spec.size for spec in self.specs]
-        owned, scale, offset = [], [], []
+        tables: list[list[Tensor]] = [[], [], []]
         for width in range(widest + 1):
             rows: list[list[Tensor]] = [[], [], []]
             for spec, full in zip(specs(max(width, 1)), self.specs, strict=True):
@@ -60,9 +60,9 @@ class ParameterTable:
                 rows[0].append(inside.flatten())
                 rows[1].append(inside.flatten() * (bound if uniform else 0.0))
                 rows[2].append(inside.flatten() * float(spec.init == "ones"))
-            for table, row in zip((owned, scale, offset), rows, strict=True):
+            for table, row in zip(tables, rows, strict=True):
                 table.append(torch.cat(row))
-        self.owned, self._scale, self._offset = (torch.stack(t) for t in (owned, scale, offset))  # [widest + 1, P]
+        self.owned, self._scale, self._offset = (torch.stack(table) for table in tables)  # [widest + 1, P]
         self.count = self.owned.sum(1)  # float32 [widest + 1]
 
     def to(self, device: torch.device | str) -> ParameterTable:

@@ -187,8 +187,8 @@ class Population(PopulationState):
     def _evaluate(self, where: Tensor) -> None:
         """Validation loss of the hosts `where`, and if measured their activations and contributions.
 
-        A slot's contribution is the loss with its alpha set to 0, minus the loss as is, both on the first SAMPLES of the
-        validation split. Every (host, slot) with alpha > 0 is one row of one more batched forward pass.
+        A slot's contribution is the loss with its alpha set to 0, minus the loss as is, both on the first SAMPLES of
+        the validation split. Every (host, slot) with alpha > 0 is one row of one more batched forward pass.
         """
         alpha = self.lifecycle.alpha
         losses, asked, trace = self._validate(where, alpha[where])
@@ -223,9 +223,7 @@ class Population(PopulationState):
         return (logits.argmax(-1) == y.flatten()).float().mean(1)
 
     @torch.no_grad()
-    def _validate(
-        self, rows: Tensor, alpha: Tensor, samples: int | None = None
-    ) -> tuple[Tensor, Tensor, Trace]:
+    def _validate(self, rows: Tensor, alpha: Tensor, samples: int | None = None) -> tuple[Tensor, Tensor, Trace]:
         """Of the hosts `rows` [M] with `alpha` [M, slots], on the first `samples` of the validation split: the loss of
         each label [M, labels], whether it counts (1 or 0), and the trace.
 
@@ -272,8 +270,6 @@ class Population(PopulationState):
         if not future:
             forked.context = forked.context.without_future(forked.epoch)
         return forked
-
-
 
 
 def _mean(losses: Tensor, asked: Tensor) -> Tensor:

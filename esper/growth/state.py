@@ -19,7 +19,7 @@ from esper.growth.context import Context
 from esper.growth.data import Data
 from esper.growth.host import HostSpec
 from esper.growth.lifecycle import Lifecycle, LifecycleSpec
-from esper.growth.parameters import ParameterTable
+from esper.growth.parameters import ParameterSpec, ParameterTable
 from esper.growth.statistics import Statistics
 
 
@@ -111,23 +111,24 @@ class PopulationState:
         """What follows from the specs alone: layouts of parameters, and costs at every width."""
         host, widths = self.spec, range(self.spec.width + 1)
         self.table = ParameterTable(host.parameters, host.width).to(self.device)
-        zero = self.lifecycle_spec.zero_init
         self.seed_tables: list[ParameterTable] = []
         self.seed_names = [list(b.parameters(host.site)) for b in self.catalogue]
         for blueprint in self.catalogue:
-            # What does not fit is never germinated; its layout is that of nothing.
+            # What does not fit is never germinated, and gets room for a width of 1.
             fits = blueprint.fits(host.site)
-            self.seed_tables.append(
-                ParameterTable(
-                    lambda w, b=blueprint: list(b.parameters(host.site_of(w)).values()), host.width if fits else 1, zero
-                ).to(self.device)
-            )
+
+            def specs(width: int, blueprint: Blueprint = blueprint) -> list[ParameterSpec]:
+                return list(blueprint.parameters(host.site_of(width)).values())
+
+            table = ParameterTable(specs, host.width if fits else 1, self.lifecycle_spec.zero_init)
+            self.seed_tables.append(table.to(self.device))
         # [P], the layer of each entry of theta: 0 the stem, 1 .. stages, stages + 1 the head.
         layer = [i // 2 for i, p in enumerate(self.table.specs) for _ in range(p.size)]
         self.layer = torch.tensor(layer)
         in_layer = F.one_hot(self.layer, host.layers).float()
         self.in_layer = in_layer.to(self.device)  # [P, layers]
-        self.layer_sizes = self.table.owned.cpu() @ in_layer  # float32 [width + 1, layers], parameters of each layer at each width
+        # float32 [width + 1, layers], parameters of each layer at each width.
+        self.layer_sizes = self.table.owned.cpu() @ in_layer
         self.layer_flops = torch.tensor([host.flops(w) for w in widths], dtype=torch.float32)
         self.seed_sizes = torch.tensor(
             [[b.parameter_count(host.site_of(w)) if w else 0 for b in self.catalogue] for w in widths]

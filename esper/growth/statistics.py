@@ -143,5 +143,3 @@ def growth_gradient(sources: list[Tensor], signals: list[Tensor]) -> Tensor:
         for source, signal in zip(sources, signals, strict=True)
     ]
     return torch.stack(norms, dim=1)
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ def _pairs(stages: int, depth: int, blueprints: int) -> dict[Relation, list[tupl
     slots, kinds = range(depth), range(blueprints)
     every = {"layer": chain, "activation": slots, "parameter": range(1), "slot": slots, "blueprint": kinds}
     return {
-        ("layer", "feeds", "layer"): list(zip(chain, chain[1:], strict=False)),
+        ("layer", "feeds", "layer"): list(pairwise(chain)),
         ("layer", "feeds", "activation"): [(own[s], s) for s in slots],
         ("activation", "feeds", "layer"): [(s, after[s]) for s in slots],
         ("parameter", "tunes", "layer"): [(0, layer) for layer in chain],

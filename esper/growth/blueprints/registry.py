@@ -39,8 +39,8 @@ class Site:
 class Blueprint(ABC):
     """A kind of block that can be grafted into a slot: `h + alpha * delta(x)`.
 
-    It reads the output h of the slot's stage, or that stage's input if `reads_source`. The other four flags are features
-    of the blueprint node of the observation graph.
+    It reads the output h of the slot's stage, or that stage's input if `reads_source`. The other four flags are
+    features of the blueprint node of the observation graph.
     """
 
     name: ClassVar[str]

@@ -20,7 +20,7 @@ from esper.tamiyo.baselines.base import REGISTRY, Controller, Grower
 
 NAMES = tuple(REGISTRY)
 
-__all__ = ["NAMES", "REGISTRY", "BaselinesConfig", "Controller", "Grower", "fitted", "make", "usable"]
+__all__ = ["NAMES", "REGISTRY", "BaselinesConfig", "Controller", "Grower", "fitted", "forget", "make", "usable"]
 
 
 def _optional(name: str, knobs: type) -> tuple[str, Any, Any]:
@@ -67,6 +67,11 @@ class BaselinesConfig(_Given):
 @cache
 def _stored() -> dict[str, Any]:
     return json.loads((resources.files("esper.tamiyo.baselines") / "fitted.json").read_text())
+
+
+def forget() -> None:
+    """Reads what has been tuned afresh the next time, for the study that writes it."""
+    _stored.cache_clear()
 
 
 def fitted(environment: str) -> dict[str, Any]:

@@ -28,8 +28,8 @@ _GLOBAL = (
 
 
 def features(graph: GraphBatch) -> Tensor:
-    """[N, slots, F]: of each slot its stage's activation, its layer and the next, how they differ from the mean over the
-    host's slots and from the next slot, its depth, the globals, and 1."""
+    """[N, slots, F]: of each slot its stage's activation, its layer and the next, how they differ from the mean over
+    the host's slots and from the next slot, its depth, the globals, and 1."""
     stage = [column(graph, "activation", name) for name in _ACTIVATION]
     # The logarithms of scales tell a stage of tiny range from others.
     stage += [(column(graph, "activation", "std").clamp(min=1e-4)).log()]
