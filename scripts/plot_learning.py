@@ -1,6 +1,6 @@
 """Draws the learning curves in a file that scripts/seeds.py wrote, with the baselines' held-out returns as lines.
 
-python scripts/plot_learning.py [scripts/results/segment_default.json] [--out docs/learning_curve.png]
+python scripts/plot_learning.py [scripts/results/digits_default.json] [--out docs/learning_curve.png]
 """
 
 import argparse
@@ -18,7 +18,7 @@ COLOURS = {"never": "#7f7f7f", "random": "#d62728", "all_at_start": "#2ca02c", "
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, nargs="?", default=Path("scripts/results/segment_default.json"))
+    parser.add_argument("result", type=Path, nargs="?", default=Path("scripts/results/digits_default.json"))
     parser.add_argument("--out", type=Path, default=Path("docs/learning_curve.png"))
     arguments = parser.parse_args()
     result = json.loads(arguments.result.read_text())

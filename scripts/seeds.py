@@ -1,6 +1,6 @@
 """Trains one configuration with several seeds and gathers the results in one file.
 
-    python scripts/seeds.py [--name segment_default] [--seeds 1 2 3 4 5] [--jobs 2] [KEY=VALUE ...]
+    python scripts/seeds.py [--name digits_default] [--seeds 1 2 3 4 5] [--jobs 2] [KEY=VALUE ...]
 
 Writes scripts/results/NAME.json: per seed the learning curve, every held-out score of Tamiyo and of the baselines, and
 the wall time; and over the seeds, Tamiyo's mean held-out return with a 95 % bootstrap interval that resamples runs.
@@ -95,7 +95,7 @@ def summarise(seeds: dict[str, dict]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="segment_default", help="of the result file")
+    parser.add_argument("--name", default="digits_default", help="of the result file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/seeds"), help="of the runs themselves")
