@@ -103,11 +103,20 @@ class _Activate(torch.autograd.Function):
         return gradients[0] * slope, None, None, None, None
 
 
-def activate(z: Tensor, low: Tensor, high: Tensor, leak: Tensor | None, units: Tensor) -> tuple[Tensor, Tensor]:
-    """A stage's output and its derivative, both [M, rows, width]; the settings are [M, 1, 1], units [M, 1, width]."""
+def _equal(a: Tensor, b: Tensor) -> Tensor:
+    return torch.eq(a, b, out=torch.empty_like(a))
+
+
+def activate(
+    z: Tensor, low: Tensor, high: Tensor, leak: Tensor | None, units: Tensor, rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """A stage's output [M, rows, width] and its derivative, that on the first `rows` rows only (None: on all).
+
+    z is [M, rows, width], the settings are [M, 1, 1], units [M, 1, width].
+    """
     # Written with the kernels that are fast where one operand is broadcast: clamp, eq and where are 5 times slower.
     clamped = torch.maximum(torch.minimum(z, high), low)
-    slope = torch.eq(clamped, z, out=torch.empty_like(z))
+    slope = _equal(clamped[:, :rows], z[:, :rows])
     if leak is not None:
         clamped = torch.lerp(clamped, z, leak)
         slope.mul_(1 - leak).add_(leak)
@@ -120,11 +129,17 @@ class Trace:
 
     outputs: list[Tensor]  # of the stages, before their slots
     sources: list[Tensor]  # their inputs
-    slopes: list[Tensor]  # derivatives of their activations; only without gradients
+    slopes: list[Tensor]  # derivatives of their activations [M, slopes, width]; only without gradients
 
 
 def forward(
-    spec: HostSpec, parameters: list[Tensor], x: Tensor, at: Activations, gain: Tensor | None, graft: Graft
+    spec: HostSpec,
+    parameters: list[Tensor],
+    x: Tensor,
+    at: Activations,
+    gain: Tensor | None,
+    graft: Graft,
+    slopes: int | None = None,
 ) -> tuple[Tensor, Trace]:
     """Logits of M hosts, each on its own batch.
 
@@ -135,6 +150,7 @@ def forward(
         at: of the M hosts.
         gain: [M, inputs, 1], a factor on each input feature, or None.
         graft: adds the seeds of a slot.
+        slopes: rows on which the trace keeps derivatives, where no gradient is taken; None for all.
 
     Returns:
         logits [M, batch, classes], or [M, batch * tokens, classes] for labels per token; and the trace.
@@ -157,7 +173,7 @@ def forward(
         if training:
             h = _Activate.apply(z, low, high, leak, units)
         else:
-            h, slope = activate(z, low, high, leak, units)
+            h, slope = activate(z, low, high, leak, units, slopes)
             trace.slopes.append(slope)
         trace.sources.append(source)
         trace.outputs.append(h)

@@ -19,7 +19,7 @@ from esper.growth.graft import Grafts
 from esper.growth.host import Trace
 from esper.growth.lifecycle import Event, Stage, is_live
 from esper.growth.state import PopulationState
-from esper.growth.statistics import SAMPLES, activation_statistics
+from esper.growth.statistics import SAMPLES, activation_statistics, statistics_rows
 from esper.runtime import seeding
 
 # Salts that keep the streams of one host key apart.
@@ -251,6 +251,7 @@ class Population(PopulationState):
             at.map(lambda value: value[everyone]),
             None if gain is None else gain[everyone],
             grafts,
+            statistics_rows(self.spec.site.tokens) if self.setup.measured else 0,
         )
 
     # ---- forks ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,13 @@ HISTORY = 4  # validation losses kept: the newest and the three before it
 ACTIVATION_STATISTICS = ("dead_fraction", "zero_derivative_fraction", "mean", "std", "effective_rank")
 
 SAMPLES = 128
-"""Samples of the validation split that contributions and activation statistics are measured on."""
+"""Samples of the validation split that contributions are measured on."""
+
+
+def statistics_rows(tokens: int) -> int:
+    """Rows (samples times tokens) of the validation split that activation statistics are measured on."""
+    return SAMPLES * min(tokens, 4)
+
 
 
 @dataclass
@@ -102,9 +108,8 @@ def activation_statistics(trace: Trace, width: Tensor) -> Tensor:
     participation ratio of the covariance's eigenvalues, tr(C)^2 / tr(C^2), over the width: 1 where all units vary alike
     and independently.
     """
-    rows = slice(0, min(SAMPLES, trace.outputs[0].shape[1]))
-    h = torch.stack([output[:, rows] for output in trace.outputs], dim=1)  # [n, S, samples, W]
-    slope = torch.stack([slope[:, rows] for slope in trace.slopes], dim=1)
+    slope = torch.stack(trace.slopes, dim=1)  # [n, S, rows, W]
+    h = torch.stack([output[:, : slope.shape[2]] for output in trace.outputs], dim=1)
     steep = torch.ne(slope, 0, out=torch.empty_like(slope)).mean(2)  # [n, S, W], as floats: booleans are slow
     units = width[:, None].float()
     mean = h.mean(2)
