@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
@@ -10,38 +12,49 @@ from esper.growth import host
 from esper.growth.conditions import LEARNING_RATE_SPIKE, Condition
 from esper.growth.graft import Grafts
 from esper.growth.lifecycle import Stage, is_live
+from esper.growth.parameters import ParameterTable
 from esper.growth.state import PopulationState
 from esper.growth.statistics import growth_gradient
 
 _LANES = 64  # a fused kernel rounds the elements that do not fill a SIMD vector differently
 
 
+class _Rows(NamedTuple):
+    """Parameters of one kind of rows, hosts or the seeds of one blueprint, and where they live in the flat vector."""
+
+    rows: int
+    table: ParameterTable
+    sizes: Tensor  # [steps, rows], what multiplies Adam's direction in each step
+
+
 class EpochRun:
     """One epoch's worth of optimisation over one flat vector: all host parameters, then the seeds of each blueprint.
 
-    A flat vector makes Adam a handful of operations whatever lives in the population, and the gradient of a `split` is
-    one concatenation.
+    The vector holds one parameter of all rows after the other, so that every tensor of the forward pass is a piece of
+    it and their gradients, one behind the other, are its gradient. A flat vector makes Adam one fused operation
+    whatever lives in the population.
     """
 
     def __init__(self, population: PopulationState):
         p = self.population = population
         stage, kinds = p.lifecycle.stage, p.lifecycle.blueprint
-        everyone = torch.arange(p.hosts)
         live = kinds.masked_fill(~is_live(stage), -1)
-        self.grafts = Grafts(p, everyone, live, p.lifecycle.alpha, stage == Stage.TRAINING)
+        self.grafts = Grafts(p, torch.arange(p.hosts), live, p.lifecycle.alpha, stage == Stage.TRAINING)
         blocks = self.grafts.blocks
-        # A row is one host or one seed.
-        self.shapes = [(p.hosts, p.table.size)] + [(len(h), p.seed_tables[k].size) for k, h, _, _ in blocks]
-        self.sizes = [rows * width for rows, width in self.shapes]
-        self.sizes.append(-sum(self.sizes) % _LANES)
         rates = p.context.learning_rate * self._spike()
         self.host_rate = p.moved(rates)
-        self.rates = [p.moved(rates.double())] + [p.moved(rates[h].double()) for _, h, _, _ in blocks]
-        self.steps = [p.steps] + [p.seed_steps[h, s] for _, h, s, _ in blocks]
+        self.parts = [_Rows(p.hosts, p.table, self._sizes(rates, p.steps))]
+        for kind, hosts, slots, _ in blocks:
+            sizes = self._sizes(rates[hosts], p.seed_steps[hosts, slots])
+            self.parts.append(_Rows(len(hosts), p.seed_tables[kind], sizes))
+        self.padding = -sum(part.rows * part.table.size for part in self.parts) % _LANES
         self.theta = self._gather(p.theta, p.seed_theta)
         self.exp_avg = self._gather(p.exp_avg, p.seed_exp_avg)
         self.exp_avg_sq = self._gather(p.exp_avg_sq, p.seed_exp_avg_sq)
-        self.update = torch.zeros_like(self.theta)
+        self.direction = torch.zeros_like(self.theta)
+        self.late = torch.full((), 1e9, device=p.device)
+        self.theta_views, self.direction_views = self._views(self.theta), self._views(self.direction)
+        self._make_leaves()
         self.at, self.gain = p.activations(), p.gain()
         self.backward_rms = torch.zeros(p.hosts, p.slots, device=p.device)
         self.growth_gradient = torch.zeros(p.hosts, p.slots, device=p.device)
@@ -53,48 +66,82 @@ class EpochRun:
         now = context.strike_epoch == self.population.epoch[:, None]
         return torch.where((now & (context.strike == Condition.SATURATED)).any(1), LEARNING_RATE_SPIKE, 1.0)
 
-    def _gather(self, host_state: Tensor, seed_state: list[Tensor]) -> Tensor:
-        parts = [host_state, *self.grafts.gathered(seed_state), host_state.new_zeros(self.sizes[-1])]
-        return torch.cat([part.reshape(-1) for part in parts])
+    def _sizes(self, rate: Tensor, before: Tensor) -> Tensor:
+        """[steps, rows], rate * sqrt(1 - beta2^t) / (1 - beta1^t) for the t of each step and row."""
+        t, p = self.population.training, self.population
+        count = (before + torch.arange(1, t.steps_per_epoch + 1, device=p.device)[:, None]).double()
+        return (p.moved(rate.double()) * (1 - t.beta2**count).sqrt() / (1 - t.beta1**count)).float()
 
-    def _split(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split(self.sizes)
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=False)]
+    # ---- the flat vector ------------------------------------------------------------------------------------------
+
+    def _gather(self, host_state: Tensor, seed_state: list[Tensor]) -> Tensor:
+        pieces = []
+        for part, state in zip(self.parts, [host_state, *self.grafts.gathered(seed_state)], strict=True):
+            pieces += [piece.reshape(-1) for piece in state.split(part.table.sizes, dim=1)]
+        return torch.cat([*pieces, host_state.new_zeros(self.padding)])
+
+    def _views(self, flat: Tensor) -> list[list[Tensor]]:
+        """For each part, its parameters [rows, size]."""
+        extents = [(part.rows, size) for part in self.parts for size in part.table.sizes]
+        pieces = iter(flat[: flat.numel() - self.padding].split([rows * size for rows, size in extents]))
+        return [[next(pieces).view(part.rows, size) for size in part.table.sizes] for part in self.parts]
+
+    def _rows(self, flat: Tensor) -> list[Tensor]:
+        """For each part, [rows, P] as the population stores it."""
+        return [torch.cat(views, dim=1) for views in self._views(flat)]
+
+    def _make_leaves(self) -> None:
+        """The tensors of the forward pass, in the order of the flat vector, which they share their memory with."""
+
+        def leaf(view: Tensor, shape: tuple[int, ...]) -> Tensor:
+            return view.detach().view(-1, *shape).requires_grad_(True)
+
+        host, *seeds = self.theta_views
+        self.host_leaves = [leaf(view, s.shape) for view, s in zip(host, self.parts[0].table.specs, strict=True)]
+        self.leaves = list(self.host_leaves)
+        per_block = []
+        for views, part, (_, _, _, pieces) in zip(seeds, self.parts[1:], self.grafts.blocks, strict=True):
+            split = [
+                [leaf(piece, spec.shape) for piece in view.split(pieces)]
+                for view, spec in zip(views, part.table.specs, strict=True)
+            ]
+            self.leaves += [piece for parameter in split for piece in parameter]
+            per_block.append(split)
+        self.grafts.use(per_block)
+
+    # ---- steps ----------------------------------------------------------------------------------------------------
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One optimiser step of all on x [N, batch, tokens, inputs], y [N, batch] or [N, batch, tokens]; returns the
         loss [N] before it."""
         p = self.population
-        self.theta.requires_grad_(True)
-        host_flat, *seed_flats = self._split(self.theta)
-        self.grafts.use(seed_flats)
-        logits, trace = host.forward(p.spec, p.table.views(host_flat), x, self.at, self.gain, self.grafts)
+        logits, trace = host.forward(p.spec, self.host_leaves, x, self.at, self.gain, self.grafts)
         losses = host.cross_entropy(logits, y.flatten(1)).mean(1)
         last = self.taken == p.training.steps_per_epoch - 1 and p.setup.measured
-        wanted = [self.theta, *trace.outputs] if last else [self.theta]
-        gradient, *signals = torch.autograd.grad(losses.sum(), wanted)
-        self.theta = self.theta.detach()
+        wanted = self.leaves + trace.outputs if last else self.leaves
+        found = torch.autograd.grad(losses.sum(), wanted)
+        gradients, signals = found[: len(self.leaves)], list(found[len(self.leaves) :])
         if last:
             self.backward_rms = torch.stack([s.square().mean((1, 2)).sqrt() for s in signals], dim=1)
             self.growth_gradient = growth_gradient([s.detach() for s in trace.sources], signals)
+        self._adam(torch.cat([*(g.reshape(-1) for g in gradients), self.theta.new_zeros(self.padding)]))
         self.taken += 1
-        self._adam(gradient)
         return losses.detach()
 
+    @torch.no_grad()
     def _adam(self, gradient: Tensor) -> None:
         """theta -= rate * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + epsilon), the efficient order of Adam's
         section 2, since every row has a t and a rate of its own."""
         t = self.population.training
-        self.update.zero_()
+        self.direction.zero_()
         # One pass for m, v and m / (sqrt(v) + epsilon); so late a step has no bias left to correct.
-        late = torch.full((), 1e9, device=self.theta.device)
         adam(
-            [self.update],
+            [self.direction],
             [gradient],
             [self.exp_avg],
             [self.exp_avg_sq],
             [],
-            [late],
+            [self.late],
             fused=True,
             amsgrad=False,
             beta1=t.beta1,
@@ -104,18 +151,17 @@ class EpochRun:
             eps=t.epsilon,
             maximize=False,
         )
-        thetas, updates = self._split(self.theta), self._split(self.update)
-        for theta, update, rate, before in zip(thetas, updates, self.rates, self.steps, strict=True):
-            count = (before + self.taken).double()
-            size = rate * (1 - t.beta2**count).sqrt() / (1 - t.beta1**count)
-            theta.addcmul_(update, size.float()[:, None])
+        for part, thetas, directions in zip(self.parts, self.theta_views, self.direction_views, strict=True):
+            size = part.sizes[self.taken][:, None]
+            for theta, direction in zip(thetas, directions, strict=True):
+                theta.addcmul_(direction, size)
 
     def finish(self) -> None:
         """Writes parameters and moments back to the population."""
         p = self.population
         targets = ((self.theta, "theta"), (self.exp_avg, "exp_avg"), (self.exp_avg_sq, "exp_avg_sq"))
         for flat, name in targets:
-            host_part, *seed_parts = self._split(flat)
+            host_part, *seed_parts = self._rows(flat)
             setattr(p, name, host_part)
             for (kind, hosts, slots, _), part in zip(self.grafts.blocks, seed_parts, strict=True):
                 getattr(p, f"seed_{name}")[kind][hosts, slots] = part
@@ -138,8 +184,8 @@ class EpochRun:
         """[N, slots], 0 where no seed lives."""
         p, t = self.population, self.population.training
         rms = torch.zeros(p.hosts, p.slots, device=p.device)
-        for (kind, hosts, slots, _), part in zip(self.grafts.blocks, self._split(self.exp_avg_sq)[1:], strict=True):
+        for kind, hosts, slots, _ in self.grafts.blocks:
             debias = 1 - t.beta2 ** p.seed_steps[hosts, slots].double()
             owned = p.seed_tables[kind].count[p.moved(p.context.width[hosts])]
-            rms[hosts, slots] = (part.sum(1) / owned / debias).sqrt().float()
+            rms[hosts, slots] = (p.seed_exp_avg_sq[kind][hosts, slots].sum(1) / owned / debias).sqrt().float()
         return rms

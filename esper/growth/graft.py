@@ -140,14 +140,23 @@ class Grafts:
         """The seeds' rows [m, P_b] of each block from [N, slots, P_b] per blueprint."""
         return [per_blueprint[kind][hosts, slots] for kind, hosts, slots, _ in self.blocks]
 
-    def use(self, flats: list[Tensor]) -> None:
-        """Sets the parameters [m, P_b] of each block."""
-        p = self.population
-        self._parameters = []
-        for (kind, _, _, pieces), flat in zip(self.blocks, flats, strict=True):
-            names = p.seed_names[kind]
-            parts = [view.split(pieces) for view in p.seed_tables[kind].views(flat)]
-            self._parameters.append([dict(zip(names, piece, strict=True)) for piece in zip(*parts, strict=True)])
+    def use(self, blocks: list[list[list[Tensor]]]) -> None:
+        """Sets the parameters of each block: of each parameter its pieces, one per slot, each [m, *shape]."""
+        names = [self.population.seed_names[kind] for kind, _, _, _ in self.blocks]
+        self._parameters = [
+            [dict(zip(keys, piece, strict=True)) for piece in zip(*parameters, strict=True)]
+            for keys, parameters in zip(names, blocks, strict=True)
+        ]
+
+    def use_rows(self, per_blueprint: list[Tensor]) -> None:
+        """Sets the parameters from [N, slots, P_b] per blueprint."""
+        tables = self.population.seed_tables
+        self.use(
+            [
+                [view.split(pieces) for view in tables[kind].views(flat)]
+                for (kind, _, _, pieces), flat in zip(self.blocks, self.gathered(per_blueprint), strict=True)
+            ]
+        )
 
     def __call__(self, slot: int, h: Tensor, source: Tensor) -> Tensor:
         """Adds the seeds of `slot` to its stage's output h; `source` is the stage's input; all [M, rows, width]."""

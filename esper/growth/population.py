@@ -241,7 +241,7 @@ class Population(PopulationState):
         """Forward of the hosts `rows` [M] (repeats allowed), all on x [n, tokens, inputs], with `alpha` [M, slots]."""
         kinds = self.lifecycle.blueprint[rows].masked_fill(alpha == 0, -1)
         grafts = Grafts(self, rows, kinds, alpha)
-        grafts.use(grafts.gathered(self.seed_theta))
+        grafts.use_rows(self.seed_theta)
         gain, at = self.gain(), self.activations()
         everyone = rows.to(self.device)
         return host.forward(

@@ -22,7 +22,6 @@ def statistics_rows(tokens: int) -> int:
     return SAMPLES * min(tokens, 4)
 
 
-
 @dataclass
 class Statistics:
     """Statistics of n hosts with L layers, S slots (and stages) and K blueprints.
