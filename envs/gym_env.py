@@ -67,6 +67,10 @@ class SingleGrowthEnv(gymnasium.Env):
         graph = self.growth.reset(None if seed is None else torch.tensor([seed]))
         return self._first(graph), {"action_mask": self._mask}
 
+    def action_masks(self) -> np.ndarray:
+        """bool [A], the legal actions now, under the name that SB3-contrib's MaskablePPO asks for."""
+        return self._mask.astype(bool)
+
     def _first(self, graph: Any) -> dict[str, np.ndarray]:
         observation = {key: value[0] for key, value in to_numpy(graph).items()}
         self._mask = observation["action_mask"]
