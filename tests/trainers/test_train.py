@@ -102,7 +102,7 @@ def test_event_file_holds_the_contracts_scalars(run_train):
 def test_run_directory_and_closing_lines(run_train):
     result = run_train("evaluation.episodes=3", "evaluation.baselines=[never,random]")
     run = result.run_dir
-    assert run.parts[-3:-1] == ("runs", "segment")
+    assert run.parts[-3:-1] == ("runs", "digits")
     for name in (".hydra/config.yaml", "tb", "metrics.jsonl", "checkpoints", "eval/report.json", "eval/report.md"):
         assert (run / name).exists(), name
     assert f"resume={run}" in result.out
@@ -207,15 +207,24 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(run_train):
         ("colour=red", "colour: no such key"),
         ("ppo.lr=fast", "ppo.lr: 'fast' of type 'str' could not be converted to Float"),
         ("seed=1.5", "seed: '1.5' of type 'float'"),
-        ("env=mars", "env=mars: no such option; choose one of digits, segment"),
+        ("env=mars", "env=mars: no such option; choose one of charlm, digits, digits_conv, mnist5k, segment, signal"),
         ("policy=huge", "policy=huge: no such option"),
         ("ppo.total_steps=-5", "ppo.total_steps=-5: must be above 0"),
         ("ppo.gamma=1.5", "ppo.gamma=1.5: must lie between 0 and 1"),
         ("ppo.minibatches=99", "ppo.minibatches=99: more than the"),
-        ("env.task=moon", "env.task=moon: no such task; choose one of digits, segment"),
+        (
+            "env.task=moon",
+            "env.task=moon: no such task; choose one of charlm, digits, digits_conv, mnist5k, segment, signal",
+        ),
         ("env.blueprints=[mlp,brick]", "env.blueprints=brick: no such blueprint; choose from"),
-        ("env.context.train_size=[9,5]", "env.context.train_size=[9, 5]: give [low, high]"),
-        ("env.name=other", "env.name=other: no reference stored"),
+        ("env.host.width=[9,5]", "env.host.width=[9, 5]: give [low, high]"),
+        ("env.contexts.learning_rate=[1,2]", "env.contexts.learning_rate=[1.0, 2.0]: give [low, high]"),
+        ("env/contexts=dream", "env/contexts=dream: no such option; choose one of growth, mixture"),
+        ("evaluation.controllers.plateau.slope=steep", "evaluation.controllers.plateau.slope"),
+        (
+            "evaluation.controllers.probe.blueprint=glue",
+            "evaluation.controllers.probe.blueprint=glue: the environment has",
+        ),
         ("policy.heads=3", "policy.heads=3: must divide"),
         ("runtime.device=warp", "runtime.device=warp:"),
         ("evaluation.baselines=[never,magic]", "evaluation.baselines=magic: no such baseline"),
@@ -275,7 +284,7 @@ def test_read_only_output_directory(tmp_path, tiny):
     )
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        f"error: {folder}/segment: Permission denied; choose another output_dir, or mend the path"
+        f"error: {folder}/digits: Permission denied; choose another output_dir, or mend the path"
     ]
     assert not list(folder.iterdir())
 
@@ -346,5 +355,11 @@ def test_multirun(run_train, tmp_path):
 def test_help(run_train):
     result = run_train("--help", tiny=False)
     assert result.code == 0
-    for text in ("env: digits, segment", "policy: tamiyo, tamiyo_small", "total_steps:", "resume", "Exit codes"):
+    for text in (
+        "env: charlm, digits, digits_conv, mnist5k, segment, signal",
+        "policy: tamiyo, tamiyo_small",
+        "total_steps:",
+        "resume",
+        "Exit codes",
+    ):
         assert text in result.out
