@@ -1,30 +1,50 @@
 from __future__ import annotations
 
+import copy
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from envs.config import load_config
+from envs import twins
+from envs.config import EnvConfig, load_config
 from envs.growth_env import GrowthEnv
+from envs.reward import Reference
 from esper.growth.actions import Verb
 
+REFERENCE = Reference(static=1.4, large=0.9)  # the stored ones are measured anew now and then
 WEIGHTS = (2, 4, 4, 1, 1)  # WAIT, GERMINATE, BLEND, FOSSILIZE, CULL: so that many seeds live long
 
 
 class Play:
-    """Short episodes on the packaged environments, and agents for them."""
+    """Short episodes of small hosts on the packaged environments, and agents for them."""
 
-    SHORT = {"epochs": 6, "training": {"steps_per_epoch": 4, "batch_size": 32}}  # noqa: RUF012
+    REFERENCE = REFERENCE
+    SHORT: ClassVar[dict[str, Any]] = {
+        "epochs": 6,
+        "host": {"width": [4, 6], "stages": [2, 3]},
+        "training": {"steps_per_epoch": 3, "batch_size": 16},
+    }
+
+    _known: ClassVar[dict[str, EnvConfig]] = {}  # reading one takes as long as several epochs
+
+    @classmethod
+    def config(cls, name: str = "segment", contexts: str | None = None, **overrides: Any) -> EnvConfig:
+        given = {**cls.SHORT, **overrides}
+        key = repr((name, contexts, given))
+        if key not in cls._known:
+            cls._known[key] = load_config(name, contexts, **given)
+        return copy.deepcopy(cls._known[key])
 
     @classmethod
     def env(
         cls, num_envs: int, seed: int | None = 0, name: str = "segment", split: str = "train", autoreset: bool = True,
         **overrides: Any,
     ) -> GrowthEnv:  # fmt: skip
-        env = GrowthEnv(load_config(name, **{**cls.SHORT, **overrides}), num_envs, split, autoreset)
+        env = GrowthEnv(cls.config(name, **overrides), num_envs, split, autoreset)
+        env.reference = REFERENCE
         if seed is not None:
             env.reset(torch.arange(num_envs) + seed)
         return env
@@ -72,3 +92,9 @@ class Play:
 @pytest.fixture(scope="session")
 def play() -> type[Play]:
     return Play
+
+
+@pytest.fixture
+def no_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No twin is remembered from other tests."""
+    monkeypatch.setattr(twins, "_SHARED", {})

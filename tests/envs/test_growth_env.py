@@ -1,16 +1,15 @@
+"""GrowthEnv: instances that depend on seeds alone, whole episodes, state, and data that must not leak."""
+
 import dataclasses
-import math
 
 import pytest
 import torch
 
-from envs import tasks
-from envs.config import load_config
-from envs.growth_env import GrowthEnv, draw_context, host_spec
+from envs import tasks, twins
+from envs.contexts import KINDS
 from esper.graph.schema import SCHEMA
 from esper.growth.actions import Verb
 from esper.growth.lifecycle import Stage
-from esper.runtime import seeding
 
 TAGS = ["a", "b", "c", "d"]
 
@@ -59,22 +58,12 @@ def test_another_seed_is_another_run(play):
     assert not torch.isclose(glob(a[0][0], "log_validation_loss"), glob(b[0][0], "log_validation_loss")).any()
 
 
-def single_and_vector(play, name):
-    vector = play.env(4, 5, name)
-    single = play.env(1, 7, name)  # seed 5 + 2: environment 2
-    return single, vector, play.run(single, 14, TAGS[2:3]), play.run(vector, 14, TAGS)
-
-
-@pytest.mark.parametrize("name", ["segment", "digits"])
-def test_rewards_of_an_environment_alone_are_those_beside_others(play, name):
-    _, _, alone, together = single_and_vector(play, name)  # 14 steps: over two autoresets
+@pytest.mark.parametrize(("name", "steps"), [("segment", 14), ("digits_conv", 7)])  # over one or two autoresets
+def test_an_environment_alone_goes_as_beside_others(play, name, steps):
+    together = play.run(play.env(4, 5, name), steps, TAGS)
+    alone = play.run(play.env(1, 7, name), steps, TAGS[2:3])  # seed 5 + 2: environment 2
     assert torch.equal(rewards(alone)[:, 0], rewards(together)[:, 2])
     assert rewards(alone).abs().max() > 0
-
-
-@pytest.mark.parametrize("name", ["segment", "digits"])
-def test_observations_of_an_environment_alone_are_those_beside_others(play, name):
-    _, _, alone, together = single_and_vector(play, name)
     different = set()
     for (graph, *_), (other, *_) in zip(alone, together, strict=True):
         different |= set(play.same_graph(graph, other, (0, 2)))
@@ -82,28 +71,23 @@ def test_observations_of_an_environment_alone_are_those_beside_others(play, name
 
 
 def keys_of(env):
-    return env.population.context.key[: env.num_envs].tolist()
+    return env.population.context.key.tolist()
 
 
-def test_train_and_heldout_instances_differ(play):
+def test_train_and_heldout_instances_never_coincide(play):
     seen = {}
     for split in ("train", "heldout"):
-        env, keys = play.env(16, split=split, epochs=1, training={"steps_per_epoch": 1}), []
-        for _ in range(5):
+        env, keys = play.env(16, split=split, epochs=1, training={"steps_per_epoch": 1, "batch_size": 2}), []
+        for _ in range(4):
             keys += keys_of(env)
-            env.step(torch.zeros(16, dtype=torch.int64))
-        assert len(set(keys)) == 16 * 5
+            env.reset()
+        assert len(set(keys)) == 16 * 4
         seen[split] = set(keys)
     assert not seen["train"] & seen["heldout"]
     a, b = play.env(3, split="train").population, play.env(3, split="heldout").population
-    assert not torch.isclose(a.theta[:3], b.theta[:3]).any(1).all()
-    assert not torch.equal(a.subset[:3], b.subset[:3])
+    assert not torch.isclose(a.theta, b.theta).any(1).all()
+    assert not torch.equal(a.subset, b.subset)
     assert (a.context.learning_rate != b.context.learning_rate).all()
-
-
-def test_an_unknown_split_is_refused(play):
-    with pytest.raises(ValueError, match="not in"):
-        GrowthEnv(load_config("segment"), 1, "test")
 
 
 def test_reset_without_seeds_goes_on_and_with_seeds_starts_over(play):
@@ -125,61 +109,17 @@ def test_autoreset_goes_through_the_same_instances_as_reset(play):
         assert play.same_graph(a[-1][0], manual.reset()) == []
 
 
-# ---- contexts -----------------------------------------------------------------------------------------------------
-
-
-def test_contexts_are_drawn_from_their_ranges():
-    config = load_config("segment")
-    context = draw_context(config, seeding.fold(torch.arange(4000), 9))
-    share = {}
-    for name, (low, high) in dataclasses.asdict(config.context).items():
-        value = getattr(context, name).double()
-        slack = 0.5 if name == "train_size" else 1e-9 + 1e-6 * high
-        assert value.min() >= low - slack
-        assert value.max() <= high + slack
-        if name == "label_noise":
-            share[name] = (value - low) / (high - low)
-        else:
-            share[name] = (value / low).log() / math.log(high / low)  # log-uniform
-    for u in share.values():
-        counts = torch.bincount((u * 10).long().clamp(0, 9), minlength=10).double()
-        assert ((counts - 400) ** 2 / 400).sum() < 34  # chi-square with 9 degrees: p = 1e-4
-    drawn = torch.stack(list(share.values()))
-    assert (torch.corrcoef(drawn) - torch.eye(3)).abs().max() < 5 / 4000**0.5
-
-
-def test_a_range_of_one_value_is_that_value():
-    config = load_config(
-        "segment", context={"learning_rate": [5e-3, 5e-3], "train_size": [700, 700], "label_noise": [0.1, 0.1]}
-    )
-    context = draw_context(config, torch.arange(50))
-    assert torch.allclose(context.learning_rate, torch.tensor(5e-3))
-    assert set(context.train_size.tolist()) == {700}
-    assert torch.allclose(context.label_noise, torch.tensor(0.1))
-
-
-def test_twins_share_context_start_and_data(play):
-    env = play.env(3, 9)
-    play.run(env, 7, TAGS[:3])  # one step into the second episode
-    p = env.population
-    for state in (*vars(p.context).values(), p.subset, p.labels, p.epoch):
-        assert torch.equal(state[:3], state[3:])
-    assert (p.lifecycle.stage[3:] == Stage.DORMANT).all()
+# ---- instances ----------------------------------------------------------------------------------------------------
 
 
 def test_a_context_does_not_tell_which_samples_the_host_has(play):
     # The places of the first samples of the pool in each host's order, against what was drawn for its context.
-    env = play.env(400, epochs=1, training={"steps_per_epoch": 1})
+    env = play.env(400, epochs=1, training={"steps_per_epoch": 1, "batch_size": 2})
     context = env.population.context
-    place = env.population.subset[:400].argsort(1)[:, :3].double()
-    drawn = torch.stack([getattr(context, n)[:400].double() for n in ("learning_rate", "train_size", "label_noise")])
+    place = env.population.subset.argsort(1)[:, :3].double()
+    drawn = torch.stack([getattr(context, n).double() for n in ("learning_rate", "train_size", "label_noise")])
     correlation = torch.corrcoef(torch.cat([drawn, place.T]))[:3, 3:]
     assert correlation.abs().max() < 5 / 400**0.5
-
-
-def test_the_host_is_what_the_task_asks_for():
-    spec = host_spec(load_config("digits", host={"width": 6, "stages": 2}))
-    assert (spec.inputs, spec.classes, spec.width, spec.stages) == (64, 10, 6, 2)
 
 
 # ---- episodes -----------------------------------------------------------------------------------------------------
@@ -206,7 +146,7 @@ def test_autoreset_starts_new_instances_and_keeps_the_terminal_graph(play):
 
 
 def test_the_summary_counts_what_was_done(play):
-    env = play.env(2)
+    env = play.env(2, contexts="repair")
     out = play.script(
         env, (Verb.GERMINATE, 0, 2), (Verb.GERMINATE, 1, 1), (Verb.WAIT,), (Verb.CULL, 1), (Verb.FOSSILIZE, 0)
     )
@@ -220,13 +160,37 @@ def test_the_summary_counts_what_was_done(play):
     assert [summary[n].tolist()[0] for n in ("germinated", "fossilized", "culled", "waited")] == [1, 0, 0, 5]
 
 
-def test_test_accuracies_are_of_the_grown_host_and_of_its_twin(play):
-    env = play.env(2, autoreset=False)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_summary_names_the_kind(play, kind):
+    summary = play.script(play.env(2, contexts=kind, epochs=2))[-1][3]["episodes"]
+    assert [KINDS[number] for number in summary["kind"].tolist()] == [kind] * 2
+
+
+def test_a_mixture_names_the_kind_of_each_instance(play):
+    env = play.env(24, epochs=1, training={"steps_per_epoch": 1, "batch_size": 2}, autoreset=False)
+    kinds = play.script(env)[-1][3]["episodes"]["kind"]
+    context = env.population.context
+    assert torch.equal(context.priced, kinds == KINDS.index("growth"))
+    assert torch.equal(context.shift_epoch < 100, kinds == KINDS.index("shift"))
+    assert len(kinds.unique()) == len(KINDS)
+
+
+def test_accuracies_are_of_the_grown_host_and_of_its_twin(play):
+    env, other = (play.env(2, contexts="repair", autoreset=False) for _ in range(2))
     summary = play.script(env, (Verb.GERMINATE, 0, 0))[-1][3]["episodes"]
-    population = env.population
-    assert torch.equal(summary["test_accuracy"], population.test_accuracy(torch.tensor([0, 1])))
-    assert torch.equal(summary["twin_test_accuracy"], population.test_accuracy(torch.tensor([2, 3])))
-    assert ((summary["test_accuracy"] > 0.1) & (summary["test_accuracy"] < 1)).all()
+    play.script(other)
+    both = torch.arange(2)
+    for split in ("validation", "test"):
+        assert torch.equal(summary[f"{split}_accuracy"], env.population.accuracy(both, split))
+        assert torch.equal(summary[f"twin_{split}_accuracy"], other.population.accuracy(both, split))
+    assert not torch.equal(summary["test_accuracy"], summary["twin_test_accuracy"])
+    assert not torch.equal(summary["test_accuracy"], summary["validation_accuracy"])
+
+
+@pytest.mark.parametrize("actions", [torch.zeros(2, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64)])
+def test_one_action_for_each_environment(play, actions):
+    with pytest.raises(ValueError, match="for 3 environments"):
+        play.env(3).step(actions)
 
 
 def test_an_illegal_action_raises_and_changes_nothing(play):
@@ -249,16 +213,16 @@ def test_the_mask_is_that_of_the_graph(play):
 # ---- state --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shaping", [0.0, 0.5])
-def test_a_restored_environment_goes_on_bitwise(play, shaping):
-    reward = {"shaping": shaping}
-    whole = play.env(3, 9, reward=reward)
+@pytest.mark.parametrize(("kind", "shaping"), [("mixture", 0.0), ("growth", 0.5)])
+def test_a_restored_environment_goes_on_bitwise(play, kind, shaping):
+    given = {"contexts": kind, "reward": {"shaping": shaping}}
+    whole = play.env(3, 9, **given)
     expected = play.run(whole, 11, TAGS[:3])[4:]  # two episodes: over an autoreset
-    half = play.env(3, 9, reward=reward)
+    half = play.env(3, 9, **given)
     stopped = play.run(half, 4, TAGS[:3])[-1][0]
     state = half.state_dict()
     play.run(half, 3, TAGS[:3])  # the state is a copy
-    restored = play.env(3, 50, reward=reward)
+    restored = play.env(3, 50, **given)
     play.run(restored, 8, ["x", "y", "z"])
     assert play.same_graph(restored.load_state_dict(state), stopped) == []
     out = play.run(restored, 7, TAGS[:3])
@@ -292,15 +256,23 @@ def test_loading_does_not_tie_the_environment_to_the_state(play):
 # ---- the test split -----------------------------------------------------------------------------------------------
 
 
-def test_the_test_split_enters_neither_observation_nor_reward(play, monkeypatch):
-    clean = play.run(play.env(3, reward={"shaping": 0.5}), 8, TAGS[:3])
+@pytest.mark.parametrize("kind", ["mixture", "growth"])
+def test_the_test_split_enters_neither_observation_nor_reward(play, monkeypatch, kind):
+    def played():
+        monkeypatch.setattr(twins, "_SHARED", {})
+        return play.run(play.env(4, contexts=kind, reward={"shaping": 0.5}), 8, TAGS)
+
+    clean = played()
     data = tasks.load("segment")
     wrong = dataclasses.replace(data, test_x=torch.full_like(data.test_x, float("nan")), test_y=(data.test_y + 1) % 7)
     monkeypatch.setattr(tasks, "load", lambda name: wrong)
-    poisoned = play.run(play.env(3, reward={"shaping": 0.5}), 8, TAGS[:3])
+    poisoned = played()
+    assert rewards(clean).abs().max() > 0
     assert torch.equal(rewards(clean), rewards(poisoned))
     for (graph, _, _, info), (other, _, _, wrong_info) in zip(clean, poisoned, strict=True):
         assert play.same_graph(graph, other) == []
         if info:
             assert play.same_graph(info["final_graph"], wrong_info["final_graph"]) == []
-            assert not torch.equal(info["episodes"]["test_accuracy"], wrong_info["episodes"]["test_accuracy"])
+            episodes, wrong_episodes = info["episodes"], wrong_info["episodes"]
+            changed = {name for name in episodes if not torch.equal(episodes[name], wrong_episodes[name])}
+            assert changed == {"test_accuracy", "twin_test_accuracy"}

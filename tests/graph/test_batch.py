@@ -124,8 +124,31 @@ def test_batch_survives_the_round_trip(graphs: list[HeteroData]) -> None:
 
 
 def test_real_observations_survive_the_round_trip(observations: list[GraphBatch]) -> None:
+    full = observations[-2][:1]  # without padding
+    assert_same(GraphBatch.from_hetero_data(full.to_hetero_data()), full)
     graph = observations[-2]
-    assert_same(GraphBatch.from_hetero_data(graph.to_hetero_data()), graph)
+    for one, other in zip(
+        graph.to_hetero_data(), GraphBatch.from_hetero_data(graph.to_hetero_data()).to_hetero_data(), strict=True
+    ):
+        assert torch.equal(one.action_mask, other.action_mask)
+        for node in graph.x:
+            assert torch.equal(one[node].x, other[node].x)
+        for relation in graph.edges:
+            assert edge_list(one[relation].edge_index, one[relation].edge_attr) == edge_list(
+                other[relation].edge_index, other[relation].edge_attr
+            )
+
+
+def test_hetero_data_joins_the_same_nodes_wherever_padding_lies(observations: list[GraphBatch]) -> None:
+    graph = observations[-2]
+    # The last layer of a host of few stages comes behind padding.
+    assert graph.node_mask["layer"][1].tolist() == [True, True, True, False, False, True]
+    for b, data in enumerate(graph.to_hetero_data()):
+        for relation, edges in graph.edges.items():
+            mask = edges.mask[b]
+            ends = [(relation[0], edges.source[b][mask]), (relation[2], edges.target[b][mask])]
+            for (node, padded), compact in zip(ends, data[relation].edge_index, strict=True):
+                assert torch.equal(data[node].x[compact], graph.x[node][b][padded])
 
 
 @settings(deadline=None, max_examples=50)

@@ -9,9 +9,9 @@ NODES = {"a": ("x", "y"), "b": ("z",)}
 RELATIONS = {("a", "to", "b"): ("p", "q"), ("b", "to", "a"): ("p",)}
 
 
-def test_the_hash_of_version_1_is_pinned() -> None:
+def test_the_hash_of_version_2_is_pinned() -> None:
     # A checkpoint carries it. Whoever changes a name or an order on purpose raises VERSION and pins the new value.
-    assert (VERSION, SCHEMA.hash) == (1, "3e26ba006f2b4f6f")
+    assert (VERSION, SCHEMA.hash) == (2, "dca85d27c27d5b2b")
 
 
 @pytest.mark.parametrize(
@@ -48,10 +48,14 @@ def test_equal_schemas_have_equal_hashes() -> None:
         # two fractions, train loss and its bit, validation loss, gap and its bit
         ("global", "slope", 7),
         ("global", "slope_known", 8),
+        ("global", "seeds_left", 14),  # rate, size, growth, compute, live
+        ("global", "priced", 15),
         ("layer", "log_width_in", 7),  # depth, six kinds
         ("slot", "is_dormant", 0),
         ("slot", "alpha", 6),  # six stages
-        ("slot", "contribution_known", 11),  # alpha, epochs, gradient and its bit, contribution
+        ("activation", "zero_derivative_fraction", 7),  # six kinds, dead
+        ("slot", "log_growth_gradient", 8),  # alpha, epochs
+        ("slot", "contribution_known", 13),  # two gradients and their bits, contribution
         ("blueprint", "log_flops", 1),
     ],
 )
@@ -97,4 +101,6 @@ def test_real_observations_have_the_declared_widths(observations: list[GraphBatc
 
 def test_real_edges_are_sorted_by_target(observations: list[GraphBatch]) -> None:
     for edges in observations[-1].edges.values():
-        assert (edges.target.diff(dim=1) >= 0).all()
+        for target, mask in zip(edges.target, edges.mask, strict=True):
+            assert (target[mask].diff() >= 0).all()
+            assert not target[~mask].any()

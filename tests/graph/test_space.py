@@ -36,7 +36,7 @@ def test_the_batched_space_contains_the_batch(observations: list[GraphBatch]) ->
         ("attr__blueprint__fits__slot", -BOUND - 1),
         ("source__blueprint__fits__slot", 4),  # four blueprints: 0 to 3
         ("target__layer__hosts__slot", -1),
-        ("target__slot__reads__layer", 5),  # five layers
+        ("target__slot__reads__layer", 6),  # six layers
         ("action_mask", 2),
     ],
 )

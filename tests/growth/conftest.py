@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -29,10 +30,10 @@ class Toy:
     """Makes small populations and drives them."""
 
     CATALOGUE, MIXERS = CATALOGUE, MIXERS
-    SlowHost, Seed = SlowHost, Seed
+    SlowHost, Seed, cut = SlowHost, Seed, staticmethod(cut)
 
     # grid, causal, inputs, labels per token
-    TASKS = {
+    TASKS: ClassVar = {
         "mlp": ((1,), False, 5, False),
         "grid": ((3, 2), False, 2, False),
         "sequence": ((5,), False, 2, False),
@@ -96,7 +97,9 @@ class Toy:
         return PopulationSpec(host, CATALOGUE, data, TrainingSpec(steps, batch), rules, measured)
 
     @classmethod
-    def population(cls, keys: list[int], *args, mixed: bool = False, context: Context | None = None, **kw) -> Population:
+    def population(
+        cls, keys: list[int], *args, mixed: bool = False, context: Context | None = None, **kw
+    ) -> Population:
         spec = cls.spec(*args, **kw)
         p = Population(spec, len(keys))
         p.reset(torch.arange(len(keys)), context or cls.context(keys, spec.host.width, spec.host.stages, mixed))

@@ -123,6 +123,7 @@ class SlowHost:
         self.signals: list[Tensor] = []
         self.sources: list[Tensor] = []
         self.loss = math.nan
+        self.around: list[Tensor] | None = None  # per stage an extra linear map of its source
 
     # ---- parameters -----------------------------------------------------------------------------------------------
 
@@ -223,11 +224,10 @@ class SlowHost:
         h = F.linear(x, p[0].T, p[1][0]).relu()
         for stage in range(self.depth):
             source, weight, bias = h, p[2 * stage + 2], p[2 * stage + 3][0]
-            if weight.ndim == 3:
-                z = convolve(h, weight, spec.grid, spec.causal) + bias
-            else:
-                z = F.linear(h, weight.T, bias)
+            z = F.linear(h, weight.T, bias) if weight.ndim == 2 else convolve(h, weight, spec.grid, spec.causal) + bias
             h = self.activate(z, stage, epoch)
+            if self.around is not None:
+                h = h + source @ self.around[stage]
             for name, value in (("sources", source), ("z", z), ("outputs", h)):
                 seen[name].append(value)
             if alphas[stage] > 0:

@@ -65,24 +65,104 @@ def test_no_such_action(verb, slot, choice):
         ActionLayout(2, 3).index(verb, slot, choice)
 
 
-def test_mask_against_the_table_in_every_pair_of_stages():
-    layout = ActionLayout(2, 3)
+def in_stages(toy, rows, **kwargs):
+    """A population whose slots are in the stages `rows` [hosts, slots]."""
+    p = toy.population([1] * len(rows), stages=len(rows[0]), **kwargs)
+    p.lifecycle.stage[:] = torch.tensor(rows)
+    return p
+
+
+def test_mask_against_the_table_in_every_pair_of_stages(toy):
     pairs = list(itertools.product(Stage, Stage))
-    mask = layout.mask(torch.tensor(pairs))
-    assert mask.shape == (36, 19)
+    p = in_stages(toy, pairs, task="causal")
+    layout = toy.layout(p)
+    mask = layout.mask(p)
+    assert mask.shape == (36, 1 + 2 * (9 + 4 + 1 + 1))
     for pair, row in zip(pairs, mask.tolist(), strict=True):
         for verb, slot, choice in zip(*(column.tolist() for column in layout.table()), strict=True):
             expected = verb == Verb.WAIT or Verb(verb) in ALLOWED[pair[slot]]
             assert row[layout.index(Verb(verb), slot, choice)] == expected
 
 
-@settings(deadline=None)
-@given(LAYOUTS, st.data())
-def test_wait_is_always_legal(layout, data):
-    stages = data.draw(st.lists(st.sampled_from(Stage), min_size=layout.slots, max_size=layout.slots))
-    mask = layout.mask(torch.tensor([stages]))
-    assert mask.shape == (1, layout.size)
-    assert bool(mask[0, WAIT])
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.sampled_from(Stage), min_size=3, max_size=3), st.integers(0, 3), st.integers(0, 2))
+def test_wait_is_always_legal(toy, stages, depth, seeds):
+    p = in_stages(toy, [stages])
+    p.context.depth[:], p.context.seeds[:] = depth, seeds
+    assert bool(toy.layout(p).mask(p)[0, WAIT])
+
+
+def germinable(toy, p):
+    """The names that may be germinated in each slot of the first host."""
+    layout = toy.layout(p)
+    legal = layout.mask(p)[0]
+    return [
+        [name for kind, name in enumerate(toy.CATALOGUE) if legal[layout.index(Verb.GERMINATE, slot, kind)]]
+        for slot in range(p.slots)
+    ]
+
+
+@pytest.mark.parametrize(("task", "fitting"), [("mlp", 6), ("grid", 9), ("sequence", 9), ("causal", 9)])
+def test_only_what_fits_is_germinated(toy, task, fitting):
+    p = toy.population([1], task)
+    expected = list(toy.CATALOGUE)[:fitting]
+    assert germinable(toy, p) == [expected] * 3
+    for kind in range(fitting, 9):
+        with pytest.raises(ValueError, match="not legal for host 0"):
+            toy.layout(p).execute(p, torch.tensor([toy.layout(p).index(Verb.GERMINATE, 1, kind)]))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_nothing_happens_beyond_a_host_s_depth(toy, depth):
+    p = toy.population([1])
+    p.context.depth[:] = depth
+    p.reset(torch.arange(1), p.context.rows(torch.arange(1)))
+    fitting = toy.fitting("mlp")
+    assert germinable(toy, p) == [fitting] * depth + [[]] * (3 - depth)
+    layout = toy.layout(p)
+    with pytest.raises(ValueError, match="not legal for host 0"):
+        layout.execute(p, torch.tensor([layout.index(Verb.GERMINATE, depth, 0)]))
+    assert not layout.mask(p)[0][layout.table()[1] == depth].any()
+
+
+def test_a_budget_is_spent_by_germination_and_never_given_back(toy):
+    p = toy.population([1, 2])
+    p.context.seeds[:] = torch.tensor([2, 9])
+    layout, fitting = toy.layout(p), toy.fitting("mlp")
+
+    def do(verb, slot=0, choice=0):
+        layout.execute(p, torch.tensor([layout.index(verb, slot, choice), WAIT]))
+        p.train_epoch()
+
+    do(Verb.GERMINATE, 0, 2)
+    assert germinable(toy, p) == [[], fitting, fitting]
+    do(Verb.CULL, 0)
+    do(Verb.WAIT)
+    assert p.lifecycle.stage[0].tolist() == [Stage.DORMANT] * 3
+    assert p.germinated.tolist() == [1, 0]
+    assert germinable(toy, p) == [fitting] * 3
+    do(Verb.GERMINATE, 1, 0)
+    assert p.germinated.tolist() == [2, 0]
+    assert germinable(toy, p) == [[]] * 3
+    before = p.state_dict()
+    for slot in (0, 2):
+        with pytest.raises(ValueError, match="not legal for host 0"):
+            do(Verb.GERMINATE, slot, 0)
+    assert toy.differences(before, p.state_dict()) == []
+    do(Verb.BLEND, 1, 0)  # what lives goes on
+    do(Verb.CULL, 1)
+    do(Verb.WAIT)
+    assert germinable(toy, p) == [[]] * 3
+    assert layout.mask(p)[1].sum() == 1 + 3 * 6  # the neighbour still has seeds
+    p.reset(torch.tensor([0]), p.context.rows(torch.tensor([0])))
+    assert p.germinated.tolist() == [0, 0]
+    assert germinable(toy, p) == [fitting] * 3
+
+
+def test_a_host_without_seeds_can_only_wait(toy):
+    p = toy.population([1])
+    p.context.seeds[:] = 0
+    assert toy.layout(p).mask(p).sum() == 1
 
 
 def staged(toy):
@@ -128,7 +208,7 @@ def test_execute_every_verb(toy):
 @pytest.mark.parametrize("choice", range(4))
 def test_blend_asks_for_its_ramp(toy, choice):
     p, layout = staged(toy)
-    layout.execute(p, torch.tensor([WAIT, layout.index(Verb.BLEND, 1, choice)]))
+    layout.execute(p, torch.tensor([WAIT, layout.index(Verb.BLEND, 1, choice), WAIT, WAIT]))
     assert int(p.lifecycle.ramp[1, 1]) == (1, 3, 5, 8)[choice]
     for _ in range((1, 3, 5, 8)[choice]):
         assert p.lifecycle.stage[1, 1] == Stage.BLENDING
@@ -143,32 +223,23 @@ def test_waiting_changes_nothing(toy):
     assert toy.differences(before, p.state_dict()) == []
 
 
-def test_only_the_first_hosts_act(toy):
-    p, layout = staged(toy)
-    before = p.state_dict()
-    layout.execute(p, torch.full((2,), layout.index(Verb.CULL, 1)))
-    assert (p.lifecycle.stage[:2, 1] == Stage.EMBARGOED).all()
-    for host in (2, 3):
-        assert toy.differences(before, p.state_dict(), (host, host)) == []
-
-
 def test_every_illegal_action_raises_and_changes_nothing(toy):
     p, layout = staged(toy)
     before = p.state_dict()
     legal = layout.index(Verb.GERMINATE, 0, 0)
-    illegal = (~layout.mask(p.lifecycle.stage)[2]).nonzero().flatten().tolist()
-    # of 1 + 3 * (4 + 4 + 1 + 1) actions, legal are WAIT, 4 GERMINATE(0), 4 BLEND(1), CULL(1), FOSSILIZE(2), CULL(2)
-    assert len(illegal) == 31 - 12
+    illegal = (~layout.mask(p)[2]).nonzero().flatten().tolist()
+    # of 1 + 3 * (9 + 4 + 1 + 1) actions, legal are WAIT, 6 GERMINATE(0), 4 BLEND(1), CULL(1), FOSSILIZE(2), CULL(2)
+    assert len(illegal) == 46 - 14
     for action in illegal:
         with pytest.raises(ValueError, match=f"action {action} is not legal for host 2"):
             layout.execute(p, torch.tensor([legal, WAIT, action, legal]))
         assert toy.differences(before, p.state_dict()) == []
 
 
-@pytest.mark.parametrize("wrong", [-1, 31])
+@pytest.mark.parametrize("wrong", [-1, 46])
 def test_a_number_out_of_range_raises_and_changes_nothing(toy, wrong):
     p, layout = staged(toy)
     before = p.state_dict()
-    with pytest.raises(ValueError, match=r"must be in \[0, 31\)"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 46\)"):
         layout.execute(p, torch.tensor([1, wrong, 0, 0]))
     assert toy.differences(before, p.state_dict()) == []

@@ -50,7 +50,7 @@ def test_settings_by_hand(kind):
     at = one(kind)
     got = [float(getattr(at, name)[0, 0]) for name in ("low", "high", "leak", "shift")]
     assert got == pytest.approx(HALFWAY[kind])
-    assert at.used == [(kind == Condition.SATURATED, kind == Condition.DYING, False)] * 1 + at.used[1:]
+    assert at.used[0] == (kind == Condition.SATURATED, kind == Condition.DYING, False)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,9 @@ def test_what_nobody_has_is_left_out_stage_by_stage():
     assert first.shift.flatten().tolist() == [0, -3]
     assert second.leak.flatten().tolist() == pytest.approx([0.01, 0])
     assert first.units.shape == (2, 1, 4)
+    mixed = activations(condition, torch.zeros(2, 2), torch.tensor([3, 4]), torch.tensor([2, 1]), 4)
+    assert mixed.used == [(False, True, False), (True, False, True)]
+    assert mixed.stage(1).skip.flatten().tolist() == [0, 1]
     doubled = at.map(lambda value: 2 * value)
     assert torch.equal(doubled.units, 2 * at.units)
     assert torch.equal(doubled.skip, 2 * at.skip)
@@ -152,9 +155,8 @@ def started(toy, kind, task="mlp"):
     layers = []
     for condition in (kind, Condition.HEALTHY):
         context = toy.condition(toy.context([11], 8, 3), 0, 1, condition, 0.5)
-        layers.append(toy.population([11], task, width=8, context=context).table)
         p = toy.population([11], task, width=8, context=context)
-        layers[-1] = [value[0] for value in p.table.views(p.theta)]
+        layers.append([value[0] for value in p.table.views(p.theta)])
     return layers
 
 

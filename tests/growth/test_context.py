@@ -28,7 +28,8 @@ def test_plain_contexts():
         assert getattr(c, f.name).shape == ((2, 3) if f.name in PER_STAGE else (2,))
     assert (c.width == 4).all()
     assert (c.depth == 3).all()
-    assert not (c.condition.any() or c.flipped.any() or c.label_noise.any() or c.priced.any())
+    for value in (c.condition, c.flipped, c.label_noise, c.priced):
+        assert not value.any()
     assert (c.strike_epoch == NEVER).all()
     assert (c.shift_epoch == NEVER).all()
     assert (torch.stack([c.seeds, c.train_size, c.first_classes]) >= 1 << 30).all()

@@ -75,7 +75,9 @@ class Net(nn.Module):
 def test_ungrown_hosts_are_modules_under_torch_optim_adam(toy, task):
     p = toy.population(KEYS[:3], task, width=5)
     nets = [Net(p.spec, p.theta[k]) for k in range(3)]
-    optimisers = [torch.optim.Adam(net.parameters(), lr=float(p.context.learning_rate[k])) for k, net in enumerate(nets)]
+    optimisers = [
+        torch.optim.Adam(net.parameters(), lr=float(p.context.learning_rate[k])) for k, net in enumerate(nets)
+    ]
     for _ in range(3):
         order, losses = p._epoch_order(), torch.zeros(3)
         for k, (net, optimiser) in enumerate(zip(nets, optimisers, strict=True)):
@@ -202,13 +204,11 @@ def test_absent_seeds_cost_nothing_and_have_no_influence(toy):
     p, clean = toy.population(KEYS[:2]), toy.population(KEYS[:2])
     for state in (*p.seed_theta, *p.seed_exp_avg, *p.seed_exp_avg_sq):
         state.fill_(float("nan"))
-    run = EpochRun(p)
-    assert run.grafts.blocks == []
-    assert run.theta.numel() - p.theta.numel() in range(64)  # padded to whole vectors
+    assert EpochRun(p).theta.numel() - p.theta.numel() in range(64)  # padded to whole vectors
     for each in (p, clean):
         toy.plant(each, 1, 0, "low_rank")
-    # The rows that Adam runs over: two hosts and one seed of 4*2 + 2*4 parameters.
-    assert EpochRun(p).shapes == [tuple(p.theta.shape), (1, 16)]
+    # The vector that Adam runs over: two hosts and one seed of 4*2 + 2*4 parameters.
+    assert EpochRun(p).theta.numel() - p.theta.numel() - 16 in range(64)
     for _ in range(3):
         p.train_epoch()
         clean.train_epoch()

@@ -147,6 +147,9 @@ def test_activate_and_its_derivative(leak):
     close(h, expected.detach())
     (gradient,) = torch.autograd.grad(expected.sum(), z)
     close(slope, gradient)
+    same, fewer = activate(z.detach(), low, high, leaks, units, 2)
+    assert torch.equal(same, h)
+    assert torch.equal(fewer, slope[:, :2])
     assert torch.equal(_Activate.apply(z, low, high, leaks, units).detach(), h)
     assert torch.autograd.gradcheck(lambda v: _Activate.apply(v, low, high, leaks, units), (z,))
 

@@ -1,5 +1,6 @@
 """Graphs and policies for the tests of Tamiyo: real observations, random graphs, padding, random weights."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from envs.config import load_config
+from envs.config import EnvConfig, load_config
 from envs.growth_env import GrowthEnv
 from esper.graph import Edges, GraphBatch
 from esper.graph.schema import SCHEMA, GraphSchema
@@ -17,10 +18,15 @@ from esper.tamiyo.policy import PolicyConfig, Tamiyo
 
 @pytest.fixture(scope="session")
 def make_env() -> Callable[..., GrowthEnv]:
-    """`make_env(hosts, **overrides)`: segment with short epochs."""
+    """`make_env(hosts, **overrides)`: segment with short epochs and healthy hosts of four slots and width 4."""
+    known: dict[str, EnvConfig] = {}  # reading one takes as long as several epochs
 
     def make(hosts: int, **overrides: Any) -> GrowthEnv:
-        return GrowthEnv(load_config("segment", **{"training": {"steps_per_epoch": 2}, **overrides}), hosts)
+        given = {"training": {"steps_per_epoch": 2, "batch_size": 16}, "contexts": "plain"}
+        given |= {"host": {"width": [4, 4], "stages": [4, 4]}, **overrides}
+        if repr(given) not in known:
+            known[repr(given)] = load_config("segment", **given)
+        return GrowthEnv(copy.deepcopy(known[repr(given)]), hosts)
 
     return make
 
@@ -57,8 +63,8 @@ def randomise() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def small_policy(randomise: Callable[..., Any]) -> Callable[..., Tamiyo]:
-    """`small_policy(seed)`: a Tamiyo 8 to 12 wide with random weights."""
-    return lambda seed=0: randomise(Tamiyo(PolicyConfig(hidden=[8, 8, 12, 12], heads=2)), seed)
+    """`small_policy(seed, scale)`: a Tamiyo 8 to 12 wide with random weights."""
+    return lambda seed=0, scale=0.3: randomise(Tamiyo(PolicyConfig(hidden=[8, 8, 12, 12], heads=2)), seed, scale)
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,7 @@ def test_value_is_that_of_the_decision(small_policy: Policies, graph: GraphBatch
 
 
 def test_deterministic_takes_the_most_probable_legal_action(small_policy: Policies, graph: GraphBatch) -> None:
-    policy = small_policy(2)
+    policy = small_policy(2, scale=1.0)
     with torch.no_grad():
         logits, _ = policy(graph)
     expected = logits.masked_fill(~graph.action_mask, -1e9).argmax(1)
@@ -98,7 +98,7 @@ def test_deterministic_takes_the_most_probable_legal_action(small_policy: Polici
 
 
 def test_samples_follow_the_policy(small_policy: Policies, graph: GraphBatch) -> None:
-    policy = small_policy()
+    policy = small_policy(scale=0.6)
     many = graph[[0] * 2000]
     actions = torch.cat([Actor(policy, seed)(many).actions for seed in range(5)])
     with torch.no_grad():
