@@ -300,6 +300,19 @@ def test_contributions_are_the_loss_without_minus_the_loss(toy, task):
     assert checked > 5
 
 
+def test_some_hosts_are_evaluated_as_all_are(toy):
+    some, everyone = toy.population(KEYS[:4]), toy.population(KEYS[:4])
+    for p in (some, everyone):
+        for host, kind in ((0, "mlp"), (2, "norm"), (3, "glu")):
+            toy.hold(p, host, 1, kind)
+    before = some.state_dict()
+    some._evaluate(torch.tensor([3, 0]))
+    everyone._evaluate(torch.arange(4))
+    for host in range(4):
+        expected = (everyone.state_dict() if host in (0, 3) else before, some.state_dict())
+        assert toy.differences(*expected, (host, host)) == []
+
+
 @pytest.mark.parametrize("task", ["mlp", "causal", "grid"])
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_accuracy_by_hand(toy, task, split):

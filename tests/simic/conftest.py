@@ -15,6 +15,8 @@ from esper.simic.rollout import Rollout
 from esper.tamiyo.actor import Actor
 from esper.tamiyo.policy import PolicyConfig, Tamiyo
 
+SMALL = {"training": {"steps_per_epoch": 2, "batch_size": 16}, "host": {"width": [4, 6], "stages": [2, 4]}}
+
 
 @pytest.fixture(scope="session")
 def make_policy() -> Callable[..., Tamiyo]:
@@ -44,7 +46,7 @@ def make_learner(make_policy: Callable[..., Tamiyo]) -> Callable[..., Simic]:
 @pytest.fixture(scope="session")
 def observations() -> GraphBatch:
     """Eight observations from the middle of episodes."""
-    env = GrowthEnv(load_config("segment", training={"steps_per_epoch": 2}), 8)
+    env = GrowthEnv(load_config("segment", **SMALL), 8)
     generator = torch.Generator().manual_seed(0)
     graph = env.reset(torch.arange(8))
     for _ in range(3):
@@ -55,7 +57,7 @@ def observations() -> GraphBatch:
 @pytest.fixture(scope="session")
 def collected(make_policy: Callable[..., Tamiyo]) -> Callable[[], Rollout]:
     """`collected()`: a fresh copy of ten steps of four hosts, with episodes of six epochs, acted by `make_policy()`."""
-    config = load_config("segment", epochs=6, training={"steps_per_epoch": 2}, reward={"shaping": 1.0})
+    config = load_config("segment", epochs=6, **SMALL, reward={"shaping": 1.0})
     env = GrowthEnv(config, 4)
     actor = Actor(make_policy(), 0)
     graph = env.reset(torch.arange(4))

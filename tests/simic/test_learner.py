@@ -232,9 +232,9 @@ def with_random_blueprints(graph: GraphBatch, generator: torch.Generator) -> tup
 
 @pytest.mark.slow
 def test_a_contextual_bandit_is_learned() -> None:
-    """Reward 1 for germinating the blueprint with the largest feature, in any slot; chance is 4 of 17."""
+    """Reward 1 for germinating the blueprint with the largest feature, in any slot; chance is 4 of 21."""
     hosts, steps = 64, 4
-    env = GrowthEnv(load_config("segment"), 1)
+    env = GrowthEnv(load_config("segment", contexts="plain", host={"width": [4, 4], "stages": [4, 4]}), 1)
     base = env.reset(torch.arange(1))[[0] * hosts]
     verbs, _, choices = env.layout.table()
     torch.manual_seed(0)

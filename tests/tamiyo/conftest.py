@@ -13,6 +13,7 @@ from envs.growth_env import GrowthEnv
 from esper.graph import Edges, GraphBatch
 from esper.graph.schema import SCHEMA, GraphSchema
 from esper.growth.actions import ActionLayout
+from esper.growth.lifecycle import Stage, is_live
 from esper.tamiyo.policy import PolicyConfig, Tamiyo
 
 
@@ -158,3 +159,49 @@ def shuffle_edges() -> Callable[..., GraphBatch]:
         return GraphBatch(graph.x, graph.node_mask, edges, graph.action_mask)
 
     return shuffled
+
+
+@pytest.fixture(scope="session")
+def edited() -> Callable[..., GraphBatch]:
+    """`edited(graph, {(node, feature): values})`: the graph with features of a type's nodes replaced; values [N, n] or
+    what broadcasts to it."""
+
+    def edit(graph: GraphBatch, changes: dict[tuple[str, str], Any]) -> GraphBatch:
+        x = {node: value.clone() for node, value in graph.x.items()}
+        for (node, name), values in changes.items():
+            x[node][:, :, SCHEMA.feature(node, name)] = torch.as_tensor(values, dtype=torch.float32)
+        return GraphBatch(x, graph.node_mask, graph.edges, graph.action_mask)
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def scrambled() -> Callable[..., GraphBatch]:
+    """`scrambled(env, seed)`: the observation of hosts of all depths whose slots are anywhere in their lifecycles, with
+    random statistics. The environment is not to be used otherwise."""
+
+    def scramble(env: GrowthEnv, seed: int) -> GraphBatch:
+        p, generator = env.population, torch.Generator().manual_seed(seed)
+
+        def draw(high: int, *shape: int) -> Tensor:
+            return torch.randint(high, shape, generator=generator)
+
+        p.context.depth = 1 + draw(p.slots, p.hosts)
+        p.context.seeds, p.germinated = draw(4, p.hosts), draw(3, p.hosts)
+        missing = torch.arange(p.slots) >= p.context.depth[:, None]
+        stage = draw(len(Stage), p.hosts, p.slots).masked_fill(missing, Stage.DORMANT)
+        live = is_live(stage)
+        p.lifecycle.stage, p.lifecycle.epochs = stage, draw(5, p.hosts, p.slots)
+        p.lifecycle.blueprint = torch.where(live, draw(len(p.catalogue), p.hosts, p.slots), -1)
+        p.lifecycle.alpha = (
+            torch.where(stage > Stage.TRAINING, torch.rand(stage.shape, generator=generator), 0.0) * live
+        )
+        p.epoch = draw(env.config.epochs, p.hosts)
+        for name, value in vars(p.statistics).items():
+            if value.is_floating_point():
+                setattr(p.statistics, name, torch.randn(value.shape, generator=generator).abs())
+        p.statistics.history_length = draw(6, p.hosts)
+        p.statistics.contribution_known = live & (draw(2, p.hosts, p.slots) > 0)
+        return env._observe()
+
+    return scramble

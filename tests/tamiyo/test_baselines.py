@@ -1,27 +1,62 @@
-"""The baseline controllers, in real episodes and on graphs whose features are set by hand."""
+"""What all baseline controllers have in common: they act legally, and their knobs come from where they should."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from envs.growth_env import GrowthEnv
-from esper.graph import GraphBatch
-from esper.graph.schema import SCHEMA
-from esper.growth.actions import RAMPS, WAIT, ActionLayout, Verb
-from esper.growth.lifecycle import Stage
+from esper.growth.actions import RAMPS, ActionLayout, Verb
+from esper.growth.blueprints import available
 from esper.runtime.errors import ConfigError
 from esper.tamiyo import baselines
-from esper.tamiyo.baselines import AllAtStartConfig, BaselinesConfig, Controller, PlateauConfig
+from esper.tamiyo.baselines import REGISTRY, BaselinesConfig, Controller
+from esper.tamiyo.baselines.linear import features
 
 Envs = Callable[..., GrowthEnv]
+BLUEPRINTS = ["bypass", "low_rank", "widen", "mlp", "norm"]  # of segment
+HERE = "segment/plain"
 MANUAL = {"auto_blend": None}  # blending has to be asked for
 
 
-def verbs_of(env: GrowthEnv, actions: Tensor) -> list[Verb]:
-    return [Verb(verb) for verb in env.layout.table()[0][actions].tolist()]
+def config(**knobs: Any) -> BaselinesConfig:
+    """`config(plateau={"slope": 0.1}, ramp=5)`."""
+    made = BaselinesConfig()
+    for name, value in knobs.items():
+        if isinstance(value, dict):
+            for key, each in value.items():
+                assert hasattr(getattr(made, name), key), key
+                setattr(getattr(made, name), key, each)
+        else:
+            setattr(made, name, value)
+    return made
+
+
+def make(name: str, seed: int = 0, **knobs: Any) -> Controller:
+    return baselines.make(name, config(**knobs), HERE, BLUEPRINTS, seed)
+
+
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict], None]:
+    """`stored({environment: ...})`: what counts as tuned."""
+    return lambda content: monkeypatch.setattr(baselines, "_stored", lambda: content)
+
+
+@pytest.fixture(scope="module")
+def width(make_env: Envs) -> int:
+    """Of the linear scorer's features."""
+    return features(make_env(1).reset(torch.arange(1))).shape[2]
+
+
+def weights(width: int, seed: int = 0) -> dict[str, list[float]]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(width, generator=generator).tolist() for name in BLUEPRINTS}
 
 
 def play(env: GrowthEnv, controller: Controller, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -37,241 +72,252 @@ def play(env: GrowthEnv, controller: Controller, seed: int = 0) -> tuple[Tensor,
     return torch.stack(taken), info["episodes"]
 
 
-# ---- all of them -----------------------------------------------------------------------------------------------------
+# ---- legality --------------------------------------------------------------------------------------------------------
+
+_ALWAYS = {"first": 0, "every": 1}
+# Knobs with which a controller acts as often as it can.
+EAGER: dict[str, dict[str, Any]] = {
+    "periodic": _ALWAYS,
+    "best_fixed": {"epoch": 0},
+    "plateau": {"slope": -100.0, "patience": 0},
+    **{name: {**_ALWAYS, "threshold": -1e9} for name in ("statistic", "gradient_norm", "gradmax", "linear")},
+    "probe": {**_ALWAYS, "threshold": -1e9, "probation": 1, "keep": 1e9},
+}
+
+
+# Random draws for all hosts from one generator, and goes on drawing over the episodes.
+DETERMINISTIC = [name for name in baselines.NAMES if name != "random"]
+
+
+def eager(name: str) -> dict[str, Any]:
+    return {name: EAGER[name]} if name in EAGER else {}
+
+
+@pytest.fixture(scope="module")
+def wide(make_env: Envs) -> GrowthEnv:
+    env = make_env(16)
+    env.reset(torch.arange(16))
+    return env
+
+
+@pytest.mark.parametrize("often", [False, True], ids=["default", "eager"])
+@pytest.mark.parametrize("name", baselines.NAMES)
+@hypothesis.settings(max_examples=15, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(seed=st.integers(0, 10**6), ramp=st.sampled_from(RAMPS))
+def test_actions_are_legal_whatever_the_host(
+    wide: GrowthEnv, scrambled: Any, stored: Any, width: int, name: str, often: bool, seed: int, ramp: int
+) -> None:
+    stored({HERE: {"weights": weights(width, seed)}})
+    controller = make(name, seed, ramp=ramp, **(eager(name) if often else {}))
+    controller.begin(16)
+    acted = False
+    for step in range(3):
+        graph = scrambled(wide, seed + step)
+        before = {key: value.clone() for key, value in graph.to_dict().items()}
+        actions = controller.act(graph)
+        assert actions.dtype == torch.int64
+        assert actions.shape == (16,)
+        assert graph.action_mask.gather(1, actions[:, None]).all()
+        assert all(torch.equal(value, before[key]) for key, value in graph.to_dict().items())
+        acted |= bool(actions.any())
+    if name == "never":
+        assert not acted
+    elif often and name != "best_fixed":
+        assert acted
 
 
 @pytest.mark.parametrize("lifecycle", [{"auto_blend": 1}, MANUAL], ids=["auto_blend", "manual"])
 @pytest.mark.parametrize("name", baselines.NAMES)
-def test_a_whole_episode_is_legal(make_env: Envs, name: str, lifecycle: dict) -> None:
-    env = make_env(3, epochs=12, lifecycle=lifecycle)
-    actions, episodes = play(env, baselines.make(name, BaselinesConfig(), 0))
-    assert actions.dtype == torch.int64
-    assert episodes["length"].tolist() == [12, 12, 12]
+def test_a_whole_episode_is_legal(make_env: Envs, stored: Any, width: int, name: str, lifecycle: dict) -> None:
+    stored({HERE: {"weights": weights(width)}})
+    env = make_env(4, epochs=10, lifecycle=lifecycle, host={"width": [4, 6], "stages": [2, 4]}, contexts="mixture")
+    _, episodes = play(env, make(name, **eager(name)))
+    assert episodes["length"].tolist() == [10] * 4
+    assert (episodes["germinated"] > 0).any() == (name != "never")
 
 
-def test_an_unknown_name_is_refused_and_the_known_ones_are_listed() -> None:
-    with pytest.raises(KeyError) as error:
-        baselines.make("best", BaselinesConfig(), 0)
-    assert all(name in str(error.value) for name in ("best", *baselines.NAMES))
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_a_decision_does_not_depend_on_the_other_hosts(
+    wide: GrowthEnv, scrambled: Any, stored: Any, width: int, name: str
+) -> None:
+    stored({HERE: {"weights": weights(width)}})
+    graphs = [scrambled(wide, seed) for seed in range(3)]
+    together, alone = (make(name, **eager(name)) for _ in range(2))
+    together.begin(16)
+    alone.begin(1)
+    for graph in graphs:
+        assert torch.equal(together.act(graph)[5:6], alone.act(graph[5]))
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (BaselinesConfig(ramp=4), r"here\.ramp=4"),
-        (BaselinesConfig(all_at_start=AllAtStartConfig(blueprint=4)), r"here\.all_at_start\.blueprint=4.*0 to 3"),
-        (BaselinesConfig(plateau=PlateauConfig(blueprint=-1)), r"here\.plateau\.blueprint=-1.*0 to 3"),
-    ],
-    ids=str,
-)
-def test_bad_settings_are_refused_by_name(config: BaselinesConfig, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        config.validate(4, "here")
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_a_new_episode_starts_afresh(wide: GrowthEnv, scrambled: Any, stored: Any, width: int, name: str) -> None:
+    stored({HERE: {"weights": weights(width)}})
+    graphs = [scrambled(wide, seed) for seed in range(5)]
+    controller = make(name)
+    runs = []
+    for hosts in (16, 16):
+        controller.begin(hosts)
+        runs.append(torch.stack([controller.act(graph) for graph in graphs]))
+    assert torch.equal(*runs)
+    controller.begin(2)  # and of another size
+    assert torch.equal(torch.stack([controller.act(graph[:2]) for graph in graphs]), runs[0][:, :2])
 
 
-def test_good_settings_pass() -> None:
-    BaselinesConfig(8, AllAtStartConfig(0), PlateauConfig(3)).validate(4, "here")
-
-
-@pytest.mark.parametrize("name", ["never", "all_at_start", "plateau"])
-def test_actions_are_chosen_on_the_device_of_the_graph(make_env: Envs, name: str) -> None:
+# The probe keeps its clock on the CPU, where nothing comes to from "meta".
+@pytest.mark.parametrize("name", [name for name in DETERMINISTIC if name != "probe"])
+def test_actions_are_chosen_on_the_device_of_the_graph(make_env: Envs, stored: Any, width: int, name: str) -> None:
+    stored({HERE: {"weights": weights(width)}})
     # "meta" stands for any device but the CPU: mixing the two is an error there as well.
     graph = make_env(2).reset(torch.arange(2)).to("meta")
-    controller = baselines.make(name, BaselinesConfig(), 0)
+    controller = make(name, **eager(name))
     controller.begin(2)
     assert controller.act(graph).device.type == "meta"
 
 
-# ---- never -----------------------------------------------------------------------------------------------------------
+# ---- knobs -----------------------------------------------------------------------------------------------------------
 
 
-def test_never_returns_exactly_0(make_env: Envs) -> None:
-    actions, episodes = play(make_env(3, epochs=6), baselines.make("never", BaselinesConfig(), 0))
-    assert not actions.any()
-    assert episodes["return"].tolist() == [0, 0, 0]
-    assert episodes["waited"].tolist() == [6, 6, 6]
+def test_knobs_are_defaults_then_what_was_tuned_then_what_is_given(stored: Any) -> None:
+    stored(
+        {
+            HERE: {"knobs": {"plateau": {"slope": -0.5, "patience": 7}, "statistic": {"threshold": 0.4}}},
+            "digits/plain": {"knobs": {"plateau": {"slope": 9.0}}},
+        }
+    )
+    default = REGISTRY["plateau"][1]()
+    knobs = make("plateau", plateau={"slope": 0.25}).knobs
+    assert (knobs.slope, knobs.patience, knobs.blueprint) == (0.25, 7, default.blueprint)
+    assert make("plateau").knobs.slope == -0.5
+    assert make("statistic").knobs.threshold == 0.4
+    # 0 and "" are given, too.
+    assert make("plateau", plateau={"slope": 0.0, "patience": 0}).knobs.slope == 0.0
+    untuned = baselines.make("plateau", BaselinesConfig(), "signal/plain", BLUEPRINTS, 0)
+    assert untuned.knobs == default
 
 
-# ---- random ----------------------------------------------------------------------------------------------------------
+def test_a_blueprint_is_found_by_name_in_the_environments_order(stored: Any) -> None:
+    stored({HERE: {"knobs": {"periodic": {"blueprint": "norm"}}}})
+    assert make("periodic")._blueprint == 4
+    assert make("periodic", periodic={"blueprint": "widen"})._blueprint == 2
+    assert baselines.make("periodic", BaselinesConfig(), HERE, ["norm", "mlp"], 0)._blueprint == 0
+    # One that was tuned elsewhere and is not here is replaced by the first.
+    assert baselines.make("periodic", BaselinesConfig(), HERE, ["mlp", "bypass"], 0)._blueprint == 0
 
 
-def test_random_follows_its_seed(make_env: Envs) -> None:
-    env = make_env(3, epochs=8)
-    one, two, other = (play(env, baselines.make("random", BaselinesConfig(), seed))[0] for seed in (1, 1, 2))
-    assert torch.equal(one, two)
-    assert not torch.equal(one, other)
+def test_an_unknown_name_is_refused_and_the_known_ones_are_listed() -> None:
+    with pytest.raises(KeyError) as error:
+        make("best")
+    assert all(name in str(error.value) for name in ("best", *baselines.NAMES))
 
 
-def test_random_is_uniform_over_the_legal_actions(make_env: Envs) -> None:
-    graph = make_env(1).reset(torch.arange(1))[[0] * 17_000]
-    legal = graph.action_mask[0]
-    assert int(legal.sum()) == 17  # WAIT, and four blueprints in each of four slots
-    counts = torch.bincount(baselines.make("random", BaselinesConfig(), 0).act(graph), minlength=len(legal))
-    assert not counts[~legal].any()
-    # A mean of 1000 with a standard deviation of 31
-    assert (counts[legal] - 1000).abs().max() < 160
+def test_every_baseline_can_be_made(stored: Any, width: int) -> None:
+    stored({HERE: {"weights": weights(width)}})
+    assert set(baselines.NAMES) == {
+        "never", "random", "all_at_start", "periodic", "best_fixed", "plateau", "statistic", "gradient_norm",
+        "gradmax", "probe", "linear",
+    }  # fmt: skip
+    for name in baselines.NAMES:
+        assert isinstance(make(name), REGISTRY[name][0])
 
 
-def test_random_does_not_repeat_itself_in_the_next_batch_of_episodes(make_env: Envs) -> None:
-    # trainers.evaluation plays 64 episodes at a time and calls `begin` before each batch. Legality depends on the
-    # actions alone, so with the same draws episode i + 64 is played exactly as episode i.
-    env = make_env(3, epochs=8)
-    controller = baselines.make("random", BaselinesConfig(), 1)
-    assert not torch.equal(play(env, controller, seed=0)[0], play(env, controller, seed=3)[0])
+def test_the_linear_scorer_is_there_where_it_has_been_fitted(stored: Any, width: int) -> None:
+    stored({HERE: {"knobs": {}}, "digits/plain": {"weights": weights(width)}})
+    assert baselines.usable("digits/plain") == baselines.NAMES
+    for environment in (HERE, "signal/plain"):
+        assert set(baselines.usable(environment)) == set(baselines.NAMES) - {"linear"}
+    with pytest.raises(ConfigError, match=r"baselines=linear: .*segment/plain.*python scripts/headroom\.py segment/pl"):
+        make("linear")
 
 
-# ---- all_at_start ----------------------------------------------------------------------------------------------------
+def test_what_is_stored_fits_the_code(width: int) -> None:
+    baselines.forget()
+    for environment, content in baselines._stored().items():
+        assert set(content) <= {"knobs", "weights"}, environment
+        for name, knobs in content.get("knobs", {}).items():
+            made = REGISTRY[name][1](**knobs)
+            assert getattr(made, "blueprint", "mlp") in available(), (environment, name)
+        for blueprint, row in content.get("weights", {}).items():
+            assert blueprint in available(), environment
+            assert len(row) == width, environment
 
 
-@pytest.mark.parametrize(("stages", "blueprint"), [(4, 1), (6, 0)])
-def test_all_at_start_fills_every_slot_as_fast_as_it_can(make_env: Envs, stages: int, blueprint: int) -> None:
-    env = make_env(3, epochs=stages + 2, host={"width": 4, "stages": stages}, lifecycle=MANUAL)
-    controller = baselines.make("all_at_start", BaselinesConfig(all_at_start=AllAtStartConfig(blueprint)), 0)
-    graph = env.reset(torch.arange(3))
-    controller.begin(3)
-    for slot in range(stages):
-        actions = controller.act(graph)
-        # A seed of the epoch before could be blended; an empty slot comes first.
-        assert actions.tolist() == [env.layout.index(Verb.GERMINATE, slot, blueprint)] * 3
-        graph = env.step(actions)[0]
-    lifecycle = env.population.lifecycle
-    assert (lifecycle.stage[:3] == Stage.TRAINING).all()
-    assert (lifecycle.blueprint[:3] == blueprint).all()
+def test_forget_reads_what_is_stored_afresh() -> None:
+    first = baselines._stored()
+    assert baselines._stored() is first
+    baselines.forget()
+    assert baselines._stored() is not first
+    assert baselines._stored() == first
 
 
 @pytest.mark.parametrize("ramp", RAMPS)
-def test_all_at_start_blends_by_itself_where_nothing_else_does(make_env: Envs, ramp: int) -> None:
-    env = make_env(2, epochs=8 + ramp, lifecycle=MANUAL)
-    actions, episodes = play(env, baselines.make("all_at_start", BaselinesConfig(ramp=ramp), 0))
-    # Four slots are filled in turn, then blended in turn, then it waits.
-    expected = [env.layout.index(Verb.GERMINATE, slot, 1) for slot in range(4)]
-    expected += [env.layout.index(Verb.BLEND, slot, RAMPS.index(ramp)) for slot in range(4)]
-    assert actions.T.tolist() == [expected + [WAIT] * ramp] * 2
-    assert episodes["params_ratio"].min() > 1  # the last ramp ends with the episode, and what is HOLDING is kept
+def test_the_ramp_reaches_the_action(make_env: Envs, ramp: int) -> None:
+    env = make_env(2, lifecycle=MANUAL)
+    env.reset(torch.arange(2))
+    layout = ActionLayout(4, 5)
+    graph = env.step(torch.full((2,), layout.index(Verb.GERMINATE, 1, 3)))[0]
+    controller = make("periodic", ramp=ramp, periodic={"first": 99})
+    controller.begin(2)
+    assert controller.act(graph).tolist() == [layout.index(Verb.BLEND, 1, RAMPS.index(ramp))] * 2
 
 
-def test_all_at_start_waits_where_blending_starts_by_itself(make_env: Envs) -> None:
-    env = make_env(2, epochs=12, lifecycle={"auto_blend": 1, "auto_ramp": 3})
-    actions, episodes = play(env, baselines.make("all_at_start", BaselinesConfig(), 0))
-    assert not actions[4:].any()
-    assert episodes["germinated"].tolist() == [4, 4]
-    assert episodes["culled"].tolist() == [0, 0]
+# ---- configuration ---------------------------------------------------------------------------------------------------
 
 
-# ---- plateau ---------------------------------------------------------------------------------------------------------
+def overridden(*arguments: str) -> BaselinesConfig:
+    merged = OmegaConf.merge(OmegaConf.structured(BaselinesConfig), OmegaConf.from_dotlist(list(arguments)))
+    made = OmegaConf.to_object(merged)
+    assert isinstance(made, BaselinesConfig)
+    return made
 
 
-@pytest.fixture
-def fresh(make_env: Envs) -> GraphBatch:
-    """The first observation of two hosts: all slots empty."""
-    return make_env(2).reset(torch.arange(2))
-
-
-def with_slope(graph: GraphBatch, *features: tuple[float, float]) -> GraphBatch:
-    """The graph with (slope, slope_known) of each host replaced."""
-    values = graph.x["global"].clone()
-    for host, (slope, known) in enumerate(features):
-        values[host, 0, SCHEMA.feature("global", "slope")] = slope
-        values[host, 0, SCHEMA.feature("global", "slope_known")] = known
-    return GraphBatch({**graph.x, "global": values}, graph.node_mask, graph.edges, graph.action_mask)
+def test_overrides_of_every_knob() -> None:
+    assert all(overridden().given(name) == {} for name in baselines.NAMES)
+    for name, (_, schema) in REGISTRY.items():
+        if schema is None:
+            assert not hasattr(BaselinesConfig(), name)
+            continue
+        for key, default in vars(schema()).items():
+            value = "norm" if isinstance(default, str) else type(default)(7)
+            assert overridden(f"{name}.{key}={value}").given(name) == {key: value}
+            assert overridden(f"{name}.{key}=null").given(name) == {}
+    many = overridden("plateau.slope=-0.01", "ramp=5", "probe.keep=0.5", "probe.first=0")
+    assert (many.given("plateau"), many.ramp) == ({"slope": -0.01}, 5)
+    assert many.given("probe") == {"keep": 0.5, "first": 0}
 
 
 @pytest.mark.parametrize(
-    ("feature", "known", "grows"),
-    [
-        # The feature is ten times the slope; the threshold is a slope of -0.02.
-        (-0.30, 1.0, False),  # -0.030: still falling
-        (-0.21, 1.0, False),  # -0.021
-        (-0.19, 1.0, True),  # -0.019: has stopped
-        (0.00, 1.0, True),
-        (0.50, 1.0, True),  # getting worse
-        (0.00, 0.0, False),  # not known yet
-    ],
+    "argument",
+    ["plateau.slope=steep", "plateau.patience=1.5", "probe.probation=soon", "ramp=long", "plateau.slop=1", "plan.x=1"],
 )
-def test_plateau_reads_the_slope(fresh: GraphBatch, feature: float, known: float, grows: bool) -> None:
-    controller = baselines.make("plateau", BaselinesConfig(plateau=PlateauConfig(2, slope=-0.02)), 0)
-    controller.begin(2)
-    actions = controller.act(with_slope(fresh, (feature, known), (-9.0, 1.0)))
-    germinate = ActionLayout(4, 4).index(Verb.GERMINATE, 0, 2)
-    assert actions.tolist() == [germinate if grows else WAIT, WAIT]
+def test_wrong_types_and_unknown_knobs_are_refused(argument: str) -> None:
+    with pytest.raises(OmegaConfBaseException):
+        overridden(argument)
 
 
-def test_plateau_takes_the_first_free_slot(fresh: GraphBatch) -> None:
-    layout = ActionLayout(4, 4)
-    mask = fresh.action_mask.clone()
-    mask[0, [layout.index(Verb.GERMINATE, slot, kind) for slot in (0, 1) for kind in range(4)]] = False
-    controller = baselines.make("plateau", BaselinesConfig(), 0)
-    controller.begin(2)
-    actions = controller.act(replace(with_slope(fresh, (0.0, 1.0), (0.0, 1.0)), action_mask=mask))
-    assert actions.tolist() == [layout.index(Verb.GERMINATE, 2, 1), layout.index(Verb.GERMINATE, 0, 1)]
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"ramp": 4}, r"here\.ramp=4: choose one of"),
+        (
+            {"all_at_start": {"blueprint": "brick"}},
+            r"here\.all_at_start\.blueprint=brick: the environment has by",
+        ),
+        ({"probe": {"probation": -1}}, r"here\.probe\.probation=-1: must not be negative"),
+        ({"periodic": {"every": 0}}, r"here\.periodic\.every=0: must be above 0"),
+        ({"gradmax": {"first": -2}}, r"here\.gradmax\.first=-2: must not be negative"),
+        ({"best_fixed": {"slot": -1}}, r"here\.best_fixed\.slot=-1: must not be negative"),
+        ({"best_fixed": {"epoch": -1}}, r"here\.best_fixed\.epoch=-1: must not be negative"),
+        ({"plateau": {"patience": -1}}, r"here\.plateau\.patience=-1: must not be negative"),
+    ],
+    ids=str,
+)
+def test_bad_values_are_refused_by_name(knobs: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**knobs).validate(BLUEPRINTS, "here")
 
 
-@pytest.mark.parametrize("patience", [0, 1, 3])
-def test_plateau_lets_patience_epochs_pass_between_two_germinations(fresh: GraphBatch, patience: int) -> None:
-    controller = baselines.make("plateau", BaselinesConfig(plateau=PlateauConfig(patience=patience)), 0)
-    controller.begin(2)
-    flat = with_slope(fresh, (0.0, 1.0), (0.0, 1.0))
-    grew = [bool(controller.act(flat)[0] != WAIT) for _ in range(9)]
-    # patience 3: grows in epochs 0, 4 and 8, with three epochs in between
-    assert grew == [epoch % (patience + 1) == 0 for epoch in range(9)]
-
-
-def test_plateau_is_patient_with_each_host_apart(fresh: GraphBatch) -> None:
-    controller = baselines.make("plateau", BaselinesConfig(), 0)
-    controller.begin(2)
-    slopes = [((0.0, 1.0), (-9.0, 1.0)), ((0.0, 1.0), (0.0, 1.0)), ((0.0, 1.0), (0.0, 1.0))]
-    grew = [(controller.act(with_slope(fresh, *slope)) != WAIT).tolist() for slope in slopes]
-    assert grew == [[True, False], [False, True], [False, False]]
-
-
-def test_begin_makes_plateau_impatient_again(fresh: GraphBatch) -> None:
-    controller = baselines.make("plateau", BaselinesConfig(), 0)
-    flat = with_slope(fresh, (0.0, 1.0), (0.0, 1.0))
-    for _ in range(2):
-        controller.begin(2)
-        assert (controller.act(flat) != WAIT).all()
-
-
-def test_a_full_host_does_not_cost_plateau_its_patience(fresh: GraphBatch) -> None:
-    # Nothing is germinated where no slot is free, so the next free slot is used at once.
-    wait_only = torch.zeros_like(fresh.action_mask)
-    wait_only[:, WAIT] = True
-    controller = baselines.make("plateau", BaselinesConfig(), 0)
-    controller.begin(2)
-    flat = with_slope(fresh, (0.0, 1.0), (0.0, 1.0))
-    assert not controller.act(replace(flat, action_mask=wait_only)).any()
-    assert (controller.act(flat) != WAIT).all()
-
-
-def test_plateau_in_an_episode_grows_only_when_the_loss_is_flat(make_env: Envs) -> None:
-    env = make_env(3, epochs=14, lifecycle=MANUAL, training={"steps_per_epoch": 10})
-    controller = baselines.make("plateau", BaselinesConfig(plateau=PlateauConfig(slope=-0.08, patience=2)), 0)
-    graph = env.reset(torch.arange(3))
-    controller.begin(3)
-    losses, grew = [env.population.validation_loss[:3].clone()], []
-    for _ in range(14):
-        actions = controller.act(graph)
-        grew.append(torch.tensor([verb == Verb.GERMINATE for verb in verbs_of(env, actions)]))
-        graph = env.step(actions)[0]
-        losses.append(env.population.validation_loss[:3].clone())
-    log = torch.stack(losses).log()
-    for epoch, grown in enumerate(grew):
-        if epoch < 3:
-            assert not grown.any()
-        else:
-            slope = (log[epoch] - log[epoch - 3]) / 3
-            assert (slope[grown] > -0.08).all()
-    assert torch.stack(grew).any(0).all()
-
-
-def test_plateau_blends_what_waits_for_it(make_env: Envs) -> None:
-    env = make_env(2, epochs=14, lifecycle=MANUAL)
-    actions, episodes = play(env, baselines.make("plateau", BaselinesConfig(plateau=PlateauConfig(slope=-9.0)), 0))
-    # The slope is known in epoch 3 for the first time. Then: germinate, blend, wait, wait, and again.
-    verbs = [verbs_of(env, row)[0] for row in actions]
-    assert verbs[:3] == [Verb.WAIT] * 3
-    assert verbs[3:11] == [Verb.GERMINATE, Verb.BLEND, Verb.WAIT, Verb.WAIT] * 2
-    assert episodes["germinated"].tolist() == [3, 3]
+def test_good_values_pass() -> None:
+    config(ramp=8, plateau={"patience": 0, "slope": -3.0}, best_fixed={"slot": 0}).validate(BLUEPRINTS, "here")
 
 
 # ---- the environment under them --------------------------------------------------------------------------------------
@@ -279,7 +325,7 @@ def test_plateau_blends_what_waits_for_it(make_env: Envs) -> None:
 
 def test_an_episode_can_be_played_under_no_grad(make_env: Envs) -> None:
     env = make_env(2, epochs=2)
-    expected = play(env, baselines.make("never", BaselinesConfig(), 0))[1]
+    expected = play(env, make("never"))[1]
     with torch.no_grad():
-        episodes = play(env, baselines.make("never", BaselinesConfig(), 0))[1]
+        episodes = play(env, make("never"))[1]
     assert torch.equal(episodes["test_accuracy"], expected["test_accuracy"])

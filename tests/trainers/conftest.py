@@ -11,7 +11,10 @@ from trainers import evaluate, train
 TINY = [
     "env.num_envs=4",
     "env.epochs=4",
+    "env.host.width=[4,6]",
+    "env.host.stages=[2,3]",
     "env.training.steps_per_epoch=2",
+    "env.training.batch_size=8",
     "policy.hidden=[8,8,8,8]",
     "ppo.num_steps=8",
     "ppo.total_steps=96",  # three iterations of 32
