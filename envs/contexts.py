@@ -127,6 +127,15 @@ class ContextsConfig:
             ranges[f"regimes.{number}.label_noise"] = (regime.label_noise, 0.0, 1.0)
         for key, (values, low, high) in ranges.items():
             check_range(f"{prefix}.{key}", values, low, high)
+        for key in ("repair.decoys", "sequential.decoys", "shift.decoys", "sequential.at_start", "shift.incremental"):
+            part, name = key.split(".")
+            share = getattr(getattr(self, part), name)
+            if not 0 <= share <= 1:
+                raise ConfigError(f"{prefix}.{key}={share}: give a share from 0 to 1")
+        for part in ("sequential", "shift", "growth"):
+            seeds = getattr(self, part).seeds
+            if seeds < 1:
+                raise ConfigError(f"{prefix}.{part}.seeds={seeds}: must be at least 1")
         _check_weights(f"{prefix}.regimes", {str(i): r.weight for i, r in enumerate(self.regimes)}, None)
 
 

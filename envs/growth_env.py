@@ -67,8 +67,10 @@ class GrowthEnv:
         self._returns = torch.zeros(num_envs)
         self._counts = torch.zeros(num_envs, len(Verb), dtype=torch.int64)
         self._potential = torch.zeros(num_envs)
-        self._area = torch.zeros(num_envs)  # under the validation curve, over the compute of an ungrown episode
-        self._spent = torch.zeros(num_envs)  # compute so far, in ungrown episodes
+        # Under the best validation loss so far, over the compute of an ungrown episode: of the hosts, and of the twins.
+        self._area, self._twin_area = torch.zeros(num_envs), torch.zeros(num_envs)
+        self._spent, self._twin_spent = torch.zeros(num_envs), torch.zeros(num_envs)  # compute, in ungrown episodes
+        self._best = torch.zeros(num_envs)  # validation loss so far
         self._twin = torch.zeros(num_envs, config.epochs + 3)  # as Twins returns it
 
     def reset(self, seeds: Tensor | None = None) -> GraphBatch:
@@ -101,8 +103,10 @@ class GrowthEnv:
         self._twin[where] = self._twins(context)
         self.population.reset(where, context)
         self._episodes[where] += 1
-        for state in (self._returns, self._counts, self._potential, self._area, self._spent):
+        meters = (self._area, self._twin_area, self._spent, self._twin_spent)
+        for state in (self._returns, self._counts, self._potential, *meters):
             state[where] = 0
+        self._best[where] = self.population.validation_loss[where.to(self.device)].cpu()
 
     def step(self, actions: Tensor) -> tuple[GraphBatch, Tensor, Tensor, Tensor, dict[str, Any]]:
         """Carries out one action per environment and trains every host for an epoch.
@@ -127,9 +131,7 @@ class GrowthEnv:
         self._counts += torch.nn.functional.one_hot(verbs, len(Verb))
         cost = self._epoch_cost()
         self.population.train_epoch()
-        share = torch.minimum(cost, (1 - self._spent).clamp(min=0))
-        self._area += share * self.population.validation_loss.cpu()
-        self._spent += cost
+        self._meter(cost)
         terminated = self.population.epoch >= self.config.epochs
         if terminated.any():
             self.population.remove_unfinished(terminated)
@@ -147,23 +149,35 @@ class GrowthEnv:
                 graph = self._observe()
         return graph, reward, terminated, torch.zeros_like(terminated), info
 
-    def _epoch_cost(self) -> Tensor:
-        """[N], compute of the coming epoch, in ungrown episodes."""
+    def _epoch_cost(self) -> tuple[Tensor, Tensor]:
+        """[N] each, compute of the coming epoch of the hosts and of their twins, in ungrown episodes."""
         p = self.population
         host = p.host_flops()
-        return (host + p.seed_flops_now(is_live(p.lifecycle.stage))) / (host * self.config.epochs)
+        grown = host + p.seed_flops_now(is_live(p.lifecycle.stage))
+        return grown / (host * self.config.epochs), host / (host * self.config.epochs)
+
+    def _meter(self, cost: tuple[Tensor, Tensor]) -> None:
+        """Adds the epoch that has been trained to the areas, as far as an ungrown episode's compute goes.
+
+        The areas are under the best loss so far, so that burning compute never pays, also where the loss rises.
+        """
+        p, everyone = self.population, torch.arange(self.num_envs)
+        self._best = torch.minimum(self._best, p.validation_loss.cpu().nan_to_num(nan=torch.inf))
+        twin = self._twin[:, : self.config.epochs + 1].cummin(1).values[everyone, p.epoch]
+        meters = ((self._area, self._spent, self._best), (self._twin_area, self._twin_spent, twin))
+        for (area, spent, loss), one in zip(meters, cost, strict=True):
+            area += torch.minimum(one, (1 - spent).clamp(min=0)) * loss
+            spent += one
 
     def _score(self) -> Tensor:
-        """[N], improvement over the twin: of the final loss, or where priced of the mean loss over compute, for which a
-        grown host is done earlier, since its epochs cost more."""
+        """[N], improvement over the twin: of the final loss, or where priced of the mean over compute of the best loss
+        so far, for which a grown host is done earlier, since its epochs cost more."""
         p, everyone = self.population, torch.arange(self.num_envs)
         loss, twin = p.validation_loss.cpu(), self._twin[everyone, p.epoch]
         area = self._area / self._spent.clamp(1e-9, 1)
-        so_far = self._twin[:, 1 : self.config.epochs + 1].cumsum(1)[everyone, (p.epoch - 1).clamp(min=0)]
+        twin_area = self._twin_area / self._twin_spent.clamp(1e-9, 1)
         priced = p.context.priced
-        return gain(
-            torch.where(priced, area, loss), torch.where(priced, so_far / p.epoch.clamp(min=1), twin), self.reference
-        )
+        return gain(torch.where(priced, area, loss), torch.where(priced, twin_area, twin), self.reference)
 
     def _kept_parameters(self) -> Tensor:
         return self.population.seed_parameters(is_kept(self.population.lifecycle.stage))
@@ -206,7 +220,8 @@ class GrowthEnv:
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
-    _STATE = ("_seeds", "_episodes", "_kinds", "_returns", "_counts", "_potential", "_area", "_spent", "_twin")
+    _METERS = ("_area", "_twin_area", "_spent", "_twin_spent", "_best")
+    _STATE = ("_seeds", "_episodes", "_kinds", "_returns", "_counts", "_potential", "_twin", *_METERS)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, as tensors in plain containers."""

@@ -53,10 +53,10 @@ class Twins:
     def _train(self, context: Context) -> Tensor:
         population, everyone = Population(self._spec, len(context), self._device), torch.arange(len(context))
         population.reset(everyone, context)
-        losses = [population.validation_loss.cpu()]
+        losses = [population.validation_loss.cpu().clone()]
         for _ in range(self._epochs):
             population.train_epoch()
-            losses.append(population.validation_loss.cpu())
+            losses.append(population.validation_loss.cpu().clone())
         accuracies = [population.accuracy(everyone, split).cpu() for split in ("validation", "test")]
         return torch.stack(losses + accuracies, dim=1)
 

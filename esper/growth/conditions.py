@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 NEVER = 1 << 40
-"""An epoch that does not come."""
+"""The epoch of what is not to happen."""
+
+BEYOND = NEVER - 1
+"""An epoch after the end of every episode: a host waits for it in vain."""
 
 LEARNING_RATE_SPIKE = 4.0
 """Factor on the learning rate in the epoch in which a stage saturates mid-training."""

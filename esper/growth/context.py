@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from esper.growth.conditions import NEVER
+from esper.growth.conditions import BEYOND, NEVER
 
 
 @dataclass
@@ -79,8 +79,10 @@ class Context:
         return Context(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Context)))
 
     def without_future(self, epoch: Tensor) -> Context:
-        """The same instances without the strikes and shifts that come after `epoch` [N]."""
+        """The same instances without the strikes and shifts that come after `epoch` [N]; a host that waits for new
+        classes does so for good."""
         strike = torch.where(self.strike_epoch > epoch[:, None], NEVER, self.strike_epoch)
-        shift = torch.where(self.shift_epoch > epoch, NEVER, self.shift_epoch)
+        coming = (self.shift_epoch > epoch) & (self.shift_epoch < NEVER)
+        shift = torch.where(coming, BEYOND, self.shift_epoch)
         kept = {f.name: getattr(self, f.name) for f in fields(self)}
         return Context(**{**kept, "strike_epoch": strike, "shift_epoch": shift})

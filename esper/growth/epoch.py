@@ -122,7 +122,10 @@ class EpochRun:
         found = torch.autograd.grad(losses.sum(), wanted)
         gradients, signals = found[: len(self.leaves)], list(found[len(self.leaves) :])
         if last:
-            self.backward_rms = torch.stack([s.square().mean((1, 2)).sqrt() for s in signals], dim=1)
+            # Nothing flows back into padding: the mean is over the units that a host has.
+            values = p.moved(p.context.width * signals[0].shape[1])[:, None]
+            squares = torch.stack([s.square().sum((1, 2)) for s in signals], dim=1)
+            self.backward_rms = (squares / values).sqrt()
             self.growth_gradient = growth_gradient([s.detach() for s in trace.sources], signals)
         self._adam(torch.cat([*(g.reshape(-1) for g in gradients), self.theta.new_zeros(self.padding)]))
         self.taken += 1

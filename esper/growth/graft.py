@@ -17,34 +17,33 @@ if TYPE_CHECKING:
 
 
 class _Take(torch.autograd.Function):
-    """Rows of x; the gradient that flows back is multiplied by `passing` [m, 1, 1]."""
+    """Rows of x; nothing flows back from those at the places `alone`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, passing: Tensor) -> Tensor:
-        ctx.save_for_backward(index, passing)
+    def forward(ctx: Any, x: Tensor, index: Tensor, alone: Tensor) -> Tensor:
+        ctx.save_for_backward(index, alone)
         ctx.shape = x.shape
         return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        index, passing = ctx.saved_tensors
+        index, alone = ctx.saved_tensors
         blank = gradients[0].new_zeros(ctx.shape)
-        # A diverged seed must not reach its host: nan * 0 is nan.
-        flowing = (gradients[0] * passing).nan_to_num_(0.0)
-        return blank.index_add_(0, index, flowing), None, None
+        # Filled, not multiplied by 0: a seed that has diverged must not reach its host.
+        return blank.index_add_(0, index, gradients[0].index_fill(0, alone, 0.0)), None, None
 
 
 class _Scale(torch.autograd.Function):
-    """`delta * factor`, with the gradient of `delta * through`."""
+    """`delta * factor`, 0 at the places `alone`, with the gradient of `delta * through`."""
 
     @staticmethod
-    def forward(ctx: Any, delta: Tensor, factor: Tensor, through: Tensor) -> Tensor:
+    def forward(ctx: Any, delta: Tensor, factor: Tensor, through: Tensor, alone: Tensor) -> Tensor:
         ctx.save_for_backward(through)
-        return (delta * factor).nan_to_num_(0.0)
+        return (delta * factor).index_fill_(0, alone, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0] * ctx.saved_tensors[0], None, None
+        return gradients[0] * ctx.saved_tensors[0], None, None, None
 
 
 class _Slot(NamedTuple):
@@ -58,7 +57,7 @@ class _Slot(NamedTuple):
     units: list[Tensor]  # [m, 1, width] per group
     factor: Tensor  # [m, 1, width], alpha on the units that the host has
     through: Tensor | None  # the same for the gradient, where it differs
-    passing: list[Tensor | None]  # [m, 1, 1] for outputs and inputs, where not all of it flows back
+    alone: list[Tensor | None]  # places of isolated seeds among outputs, inputs and all rows; None where there are none
 
 
 class Grafts:
@@ -117,13 +116,11 @@ class Grafts:
         units = owned[rows, None].float()
         factor = alpha[rows, slot, None, None] * units
         through: Tensor | None = None
-        passing: list[Tensor | None] = [None, None]
+        alone: list[Tensor | None] = [None, None, None]
         if isolated is not None and isolated[rows, slot].any():
-            alone = isolated[rows, slot, None, None].float()
-            through = moved(torch.maximum(alone, alpha[rows, slot, None, None]) * units)
-            passing = [
-                None if side is None else moved(1.0 - isolated[side, slot, None, None].float()) for side in picked
-            ]
+            apart = isolated[:, slot]
+            through = moved(torch.maximum(apart[rows, None, None].float(), alpha[rows, slot, None, None]) * units)
+            alone = [None if at is None else moved(apart[at].nonzero().squeeze(1)) for at in (*picked, rows)]
         return _Slot(
             groups=[(block, piece) for block, piece, _ in groups],
             counts=([len(part) for part in sides[0]], [len(part) for part in sides[1]]),
@@ -133,7 +130,7 @@ class Grafts:
             units=list(moved(units).split([len(part) for _, _, part in groups])),
             factor=moved(factor),
             through=through,
-            passing=passing,
+            alone=alone,
         )
 
     def gathered(self, per_blueprint: list[Tensor]) -> list[Tensor]:
@@ -165,15 +162,18 @@ class Grafts:
             return h
         site, catalogue = self.population.spec.site, self.population.catalogue
         fed: list[Tensor] = []
-        sides = zip((h, source), (plan.from_output, plan.from_input), plan.passing, plan.counts, strict=True)
-        for x, index, passing, counts in sides:
+        sides = zip((h, source), (plan.from_output, plan.from_input), plan.alone[:2], plan.counts, strict=True)
+        for x, index, alone, counts in sides:
             if index is not None:
-                taken = x.index_select(0, index) if passing is None else _Take.apply(x, index, passing)
+                taken = x.index_select(0, index) if alone is None else _Take.apply(x, index, alone)
                 fed += taken.split(counts)
         deltas = [
             catalogue[self.blocks[block][0]].delta(self._parameters[block][piece], x, units, site)
             for (block, piece), x, units in zip(plan.groups, fed, plan.units, strict=True)
         ]
         delta = torch.cat(deltas) if len(deltas) > 1 else deltas[0]
-        added = delta * plan.factor if plan.through is None else _Scale.apply(delta, plan.factor, plan.through)
+        if plan.through is None:
+            added = delta * plan.factor
+        else:
+            added = _Scale.apply(delta, plan.factor, plan.through, plan.alone[2])
         return h.index_add(0, plan.rows, added)

@@ -54,11 +54,12 @@ class Population(PopulationState):
 
         # The classes that come before the shift, in the host's own order, and its samples with theirs in front.
         rank = seeding.permutation(seeding.fold(key, _CLASSES), torch.full_like(key, classes), classes).argsort(1)
-        first = rank < context.first_classes.to(self.device)[:, None]
+        shifting = (context.shift_epoch < NEVER).to(self.device)
+        first = (rank < context.first_classes.to(self.device)[:, None]) | ~shifting[:, None]
         order = seeding.permutation(seeding.fold(key, _SUBSET), torch.full_like(key, pool), pool)
         clean = self.data.train_y[order]
         inside = torch.arange(pool, device=self.device) < size.to(self.device)[:, None]
-        if self.spec.per_token or not (context.shift_epoch < NEVER).any():
+        if self.spec.per_token or not shifting.any():
             self.first_size[where] = size
         else:
             early = first.gather(1, clean) & inside

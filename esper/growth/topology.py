@@ -62,7 +62,10 @@ def wirings(stages: int, blueprints: int) -> dict[Relation, Wiring]:
     for relation in SCHEMA.relations:
         rows = [sorted(pairs[relation], key=lambda pair: pair[::-1]) for pairs in by_depth]
         length = max(len(row) for row in rows)
-        padded = torch.tensor([row + [(0, 0)] * (length - len(row)) for row in rows]).view(len(rows), length, 2)
-        mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows]).view(len(rows), length)
+        padded = torch.zeros(len(rows), length, 2, dtype=torch.int64)
+        mask = torch.zeros(len(rows), length, dtype=torch.bool)
+        for depth, row in enumerate(rows):
+            if row:
+                padded[depth, : len(row)], mask[depth, : len(row)] = torch.tensor(row), True
         result[relation] = Wiring(padded[..., 0], padded[..., 1], mask)
     return result

@@ -422,7 +422,6 @@ def test_a_bad_value_is_refused_by_key_value_and_remedy(path, value, message):
         broken(path, value).validate("here", POOL)
 
 
-@pytest.mark.xfail(strict=True, reason="ContextsConfig.validate checks neither shares nor numbers of seeds")
 @pytest.mark.parametrize(("path", "value"), UNCHECKED)
 def test_a_share_or_a_number_of_seeds_out_of_range_is_refused(path, value):
     with pytest.raises(ConfigError, match=rf"here\.{path}={value}: "):

@@ -351,9 +351,6 @@ def test_no_future_takes_the_flip_of_inputs_out(made):
     )
 
 
-@pytest.mark.xfail(
-    strict=True, reason="without a shift to come, Population._epoch_order and _validate take all classes at once"
-)
 def test_no_future_shows_no_class_before_its_time(made):
     population, _ = shifting(made, 0.0)
     met = [set(row.nonzero().flatten().tolist()) for row in population.first]

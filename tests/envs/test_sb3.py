@@ -1,9 +1,8 @@
 """Another library's agent on the padded observation: MaskablePPO of sb3-contrib.
 
-A long run: `ESPER_SB3_STEPS=20000 python -m pytest tests/envs/test_sb3.py --timeout 0`
+`scripts/maskable_ppo.py` trains one for as long as it takes to learn something.
 """
 
-import os
 import warnings
 
 import gymnasium
@@ -14,7 +13,7 @@ import envs
 
 sb3_contrib = pytest.importorskip("sb3_contrib")
 
-STEPS = int(os.environ.get("ESPER_SB3_STEPS", "256"))
+STEPS = 256
 
 TINY = {
     "epochs": 4,

@@ -47,7 +47,6 @@ def test_a_twin_is_the_host_that_never_grows(play, name, kind):
     assert torch.equal(episodes, env._twin)
 
 
-@pytest.mark.xfail(strict=True, reason="Twins._train keeps views of one tensor, so that every epoch has the last loss")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_epoch_of_a_twin_is_that_of_the_host_that_never_grows(play, kind):
     env = play.env(6, 3, contexts=kind, epochs=EPOCHS, autoreset=False)

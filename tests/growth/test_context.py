@@ -3,7 +3,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from esper.growth.conditions import NEVER
+from esper.growth.conditions import BEYOND, NEVER
 from esper.growth.context import Context
 
 PER_STAGE = {"condition", "severity", "strike", "strike_severity", "strike_epoch"}
@@ -62,9 +62,9 @@ def test_rows_put_and_cat():
 @pytest.mark.parametrize(
     ("now", "strikes", "shift"),
     [
-        (2, [NEVER, NEVER], NEVER),
-        (3, [3, NEVER], NEVER),
-        (5, [3, 5], NEVER),
+        (2, [NEVER, NEVER], BEYOND),
+        (3, [3, NEVER], BEYOND),
+        (5, [3, 5], BEYOND),
         (6, [3, 5], 6),
         (9, [3, 5], 6),
     ],
@@ -87,4 +87,4 @@ def test_each_host_has_its_own_present():
     c.strike_epoch[:], c.shift_epoch[:] = 4, 4
     kept = c.without_future(torch.tensor([4, 3]))
     assert kept.strike_epoch.tolist() == [[4], [NEVER]]
-    assert kept.shift_epoch.tolist() == [4, NEVER]
+    assert kept.shift_epoch.tolist() == [4, BEYOND]

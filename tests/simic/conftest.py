@@ -15,7 +15,7 @@ from esper.simic.rollout import Rollout
 from esper.tamiyo.actor import Actor
 from esper.tamiyo.policy import PolicyConfig, Tamiyo
 
-SMALL = {"training": {"steps_per_epoch": 2, "batch_size": 16}, "host": {"width": [4, 6], "stages": [2, 4]}}
+SMALL = {"training": {"steps_per_epoch": 2, "batch_size": 16}, "host": {"width": [4, 6], "stages": [4, 6]}}
 
 
 @pytest.fixture(scope="session")

@@ -138,9 +138,6 @@ def test_slots_and_blueprints_are_told_apart(small_policy: Policies, observe: Ob
     assert values.unique().numel() == 3
 
 
-_NO_EDGES = "topology.wirings makes masks and indices of a relation without edges floats (torch.tensor of nothing)"
-
-
 # ---- sizes and numbering ---------------------------------------------------------------------------------------------
 
 
@@ -151,7 +148,7 @@ _NO_EDGES = "topology.wirings makes masks and indices of a relation without edge
         (4, ["mlp"]),
         (6, ["mlp", "norm"]),
         (2, ["mlp", "glu", "low_rank", "norm"]),
-        pytest.param(1, ["glu"], marks=pytest.mark.xfail(strict=True, reason=_NO_EDGES)),
+        (1, ["glu"]),
     ],
 )
 def test_one_set_of_weights_runs_on_any_host(
