@@ -19,6 +19,16 @@ from esper.growth.statistics import growth_gradient
 _LANES = 64  # a fused kernel rounds the elements that do not fill a SIMD vector differently
 
 
+class Trained(NamedTuple):
+    """What an epoch tells of N hosts besides the parameters it leaves; statistics are of its last step."""
+
+    loss: Tensor  # [N], mean over the minibatches, each before its step
+    squares: Tensor  # [N, 4, layers], sums of squares: of parameters, gradients, updates and mean gradients
+    seed_gradient_rms: Tensor  # [N, slots], 0 where no seed lives
+    backward_rms: Tensor  # [N, slots], of the loss's gradient with respect to the stages' outputs
+    growth_gradient: Tensor  # [N, slots]
+
+
 class _Rows(NamedTuple):
     """Parameters of one kind of rows, hosts or the seeds of one blueprint, and where they live in the flat vector."""
 
@@ -41,7 +51,7 @@ class EpochRun:
         live = kinds.masked_fill(~is_live(stage), -1)
         self.grafts = Grafts(p, torch.arange(p.hosts), live, p.lifecycle.alpha, stage == Stage.TRAINING)
         blocks = self.grafts.blocks
-        rates = p.context.learning_rate * self._spike()
+        rates = learning_rates(p)
         self.host_rate = p.moved(rates)
         self.parts = [_Rows(p.hosts, p.table, self._sizes(rates, p.steps))]
         for kind, hosts, slots, _ in blocks:
@@ -59,12 +69,6 @@ class EpochRun:
         self.backward_rms = torch.zeros(p.hosts, p.slots, device=p.device)
         self.growth_gradient = torch.zeros(p.hosts, p.slots, device=p.device)
         self.taken = 0
-
-    def _spike(self) -> Tensor:
-        """[N], the factor on the learning rate: a stage that saturates mid-training does so in a spike."""
-        context = self.population.context
-        now = context.strike_epoch == self.population.epoch[:, None]
-        return torch.where((now & (context.strike == Condition.SATURATED)).any(1), LEARNING_RATE_SPIKE, 1.0)
 
     def _sizes(self, rate: Tensor, before: Tensor) -> Tensor:
         """[steps, rows], rate * sqrt(1 - beta2^t) / (1 - beta1^t) for the t of each step and row."""
@@ -125,8 +129,10 @@ class EpochRun:
             # Nothing flows back into padding: the mean is over the units that a host has.
             values = p.moved(p.context.width * signals[0].shape[1])[:, None]
             squares = torch.stack([s.square().sum((1, 2)) for s in signals], dim=1)
-            self.backward_rms = (squares / values).sqrt()
-            self.growth_gradient = growth_gradient([s.detach() for s in trace.sources], signals)
+            # Gradients run past a stage that a host lacks.
+            exists = p.moved(p.layer_exists()[:, 1:-1])
+            self.backward_rms = (squares / values).sqrt() * exists
+            self.growth_gradient = growth_gradient([s.detach() for s in trace.sources], signals) * exists
         self._adam(torch.cat([*(g.reshape(-1) for g in gradients), self.theta.new_zeros(self.padding)]))
         self.taken += 1
         return losses.detach()
@@ -172,19 +178,23 @@ class EpochRun:
         for _, hosts, slots, _ in self.grafts.blocks:
             p.seed_steps[hosts, slots] += self.taken
 
-    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the host parameters, each [N, P]: the running mean of g^2, that of g, and the last update's size.
+    def trained(self, loss: Tensor) -> Trained:
+        """After `finish`, with the mean loss [N]."""
+        return Trained(loss, self._squares(), self._seed_gradient_rms(), self.backward_rms, self.growth_gradient)
 
-        Adam keeps both means already, so gradient scale and signal-to-noise cost nothing more.
-        """
+    def _squares(self) -> Tensor:
+        # Adam keeps running means of g and g^2 already, so gradient scale and signal-to-noise cost nothing more.
         t, p = self.population.training, self.population
         steps = p.steps.double()[:, None]
-        mean = p.exp_avg / (1 - t.beta1**steps).float()
-        square = p.exp_avg_sq / (1 - t.beta2**steps).float()
-        return square, mean, self.host_rate[:, None] * mean / (square.sqrt() + t.epsilon)
+        slow, fast = 1 - t.beta1**steps, 1 - t.beta2**steps
+        size = (self.host_rate[:, None] * fast.sqrt() / slow).float()
+        update = size * p.exp_avg / (p.exp_avg_sq.sqrt() + t.epsilon)
+        mean, square = p.exp_avg / slow.float(), p.exp_avg_sq / fast.float()
+        squares = torch.stack([p.theta.square(), square, update.square(), mean.square()], dim=1)
+        # One small product per host: one large product would round differently for other numbers of hosts.
+        return torch.bmm(squares, p.in_layer.expand(p.hosts, -1, -1))
 
-    def seed_gradient_rms(self) -> Tensor:
-        """[N, slots], 0 where no seed lives."""
+    def _seed_gradient_rms(self) -> Tensor:
         p, t = self.population, self.population.training
         rms = torch.zeros(p.hosts, p.slots, device=p.device)
         for kind, hosts, slots, _ in self.grafts.blocks:
@@ -192,3 +202,23 @@ class EpochRun:
             owned = p.seed_tables[kind].count[p.moved(p.context.width[hosts])]
             rms[hosts, slots] = (p.seed_exp_avg_sq[kind][hosts, slots].sum(1) / owned / debias).sqrt().float()
         return rms
+
+
+def learning_rates(population: PopulationState) -> Tensor:
+    """[N] of the coming epoch, on the CPU: a stage that saturates mid-training does so in a spike."""
+    context = population.context
+    now = context.strike_epoch == population.epoch[:, None]
+    spike = torch.where((now & (context.strike == Condition.SATURATED)).any(1), LEARNING_RATE_SPIKE, 1.0)
+    return context.learning_rate * spike
+
+
+@torch.enable_grad()
+def train_stacked(population: PopulationState, index: Tensor, labels: Tensor) -> Trained:
+    """One epoch of all hosts at once on the minibatches `index` [N, steps, batch] of the training split, with `labels`
+    [N, steps, batch] or [N, steps, batch, tokens]; parameters, moments and step counters are brought up to date."""
+    run, losses = EpochRun(population), []
+    for step in range(population.training.steps_per_epoch):
+        x = population.data.train_x.index_select(0, index[:, step].flatten())  # several times faster than x[index]
+        losses.append(run.step(x.view(*index[:, step].shape, *x.shape[1:]), labels[:, step]))
+    run.finish()
+    return run.trained(torch.stack(losses, dim=1).mean(1))

@@ -8,26 +8,48 @@ does not depend on which hosts it runs beside.
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from esper.growth import host
 from esper.growth.conditions import NEVER, initial_scale, kept_at_start
 from esper.growth.context import Context
-from esper.growth.epoch import EpochRun
+from esper.growth.epoch import Trained, train_stacked
 from esper.growth.graft import Grafts
 from esper.growth.host import Trace
 from esper.growth.lifecycle import Event, Stage, is_live
-from esper.growth.state import PopulationState
-from esper.growth.statistics import SAMPLES, activation_statistics, statistics_rows
+from esper.growth.state import PopulationSpec, PopulationState
+from esper.growth.native.engine import NativeEngine, unavailable
+from esper.growth.statistics import SAMPLES, activation_statistics, statistics_samples
 from esper.runtime import seeding
+
+log = logging.getLogger(__name__)
 
 # Salts that keep the streams of one host key apart.
 _INIT, _SUBSET, _NOISE, _ORDER, _SEED, _SPARSE, _CLASSES, _SIGNS = range(1, 9)
 
 
 class Population(PopulationState):
-    """N hosts, their slots and their seeds; see PopulationState for the arguments."""
+    """N hosts, their slots and their seeds; see PopulationState for the arguments.
+
+    Raises:
+        ValueError: the engine that the spec asks for cannot run here; the message says why.
+    """
+
+    def __init__(self, spec: PopulationSpec, hosts: int, device: torch.device | str = "cpu"):
+        super().__init__(spec, hosts, device)
+        self.native: NativeEngine | None = None
+        if spec.engine != "stacked":
+            reason = unavailable(self)
+            if reason is None:
+                self.native = NativeEngine(self)
+            elif spec.engine == "native":
+                raise ValueError(f"engine native: {reason}; use auto or stacked")
+            elif self.device.type == "cpu":
+                _warn_once(reason)
 
     # ---- episodes -------------------------------------------------------------------------------------------------
 
@@ -129,7 +151,6 @@ class Population(PopulationState):
 
     # ---- training -------------------------------------------------------------------------------------------------
 
-    @torch.enable_grad()
     def train_epoch(self, evaluate: bool = True) -> None:
         """Trains every host for one epoch, evaluates it, refreshes the statistics and lets lifecycles move on.
 
@@ -138,19 +159,14 @@ class Population(PopulationState):
         """
         self.lifecycle.begin_epoch()
         self.extra_flops += self.seed_flops_now(is_live(self.lifecycle.stage))
-        run = EpochRun(self)
         order = self._epoch_order()
         index = self.subset.gather(1, order.flatten(1)).view_as(order)
         shape = (*order.shape, *self.labels.shape[2:])
         labels = self.labels[torch.arange(self.hosts, device=self.device)[:, None], order.flatten(1)].view(shape)
-        losses = []
-        for step in range(self.training.steps_per_epoch):
-            x = self.data.train_x.index_select(0, index[:, step].flatten())  # several times faster than x[index]
-            losses.append(run.step(x.view(*index[:, step].shape, *x.shape[1:]), labels[:, step]))
-        run.finish()
+        trained = self.native.train(index, labels) if self.native else train_stacked(self, index, labels)
         self.epoch += 1
         if self.setup.measured:
-            self._record(run, torch.stack(losses, dim=1).mean(1))
+            self._record(trained)
         if evaluate:
             self._evaluate(torch.arange(self.hosts))
         self.lifecycle.end_epoch(self.lifecycle_spec)
@@ -165,22 +181,19 @@ class Population(PopulationState):
         position = torch.arange(steps * batch, device=self.device) % size[:, None]
         return shuffled.gather(1, position).view(-1, steps, batch)
 
-    def _record(self, run: EpochRun, train_loss: Tensor) -> None:
+    def _record(self, trained: Trained) -> None:
         statistics = self.statistics
-        statistics.train_loss = train_loss
+        statistics.train_loss = trained.loss
         statistics.age_contributions(self.lifecycle.stage.to(self.device))
-        square, mean, update = run.moments()
-        squares = torch.stack([self.theta.square(), square, update.square(), mean.square()], dim=1)
-        # One small product per host: one large product would round differently for other numbers of hosts.
-        sums = torch.bmm(squares, self.in_layer.expand(self.hosts, -1, -1))
+        sums = trained.squares
         sizes = (self.layer_sizes[self.context.width] * self.layer_exists()).to(self.device)
         rms = (sums / sizes.clamp(min=1)[:, None]).sqrt()  # [N, 4, layers]
         statistics.layer_weight_rms, statistics.layer_gradient_rms, statistics.layer_update_rms = rms[:, :3].unbind(1)
         statistics.layer_signal_to_noise = rms[:, 3] / (rms[:, 1] + 1e-12)
         statistics.update_rms = (sums[:, 2].sum(1) / sizes.sum(1)).sqrt()
-        statistics.seed_gradient_rms = run.seed_gradient_rms()
-        statistics.activation_backward_rms = run.backward_rms
-        statistics.growth_gradient = run.growth_gradient
+        statistics.seed_gradient_rms = trained.seed_gradient_rms
+        statistics.activation_backward_rms = trained.backward_rms
+        statistics.growth_gradient = trained.growth_gradient
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
@@ -192,7 +205,7 @@ class Population(PopulationState):
         the validation split. Every (host, slot) with alpha > 0 is one row of one more batched forward pass.
         """
         alpha = self.lifecycle.alpha
-        losses, asked, trace = self._validate(where, alpha[where])
+        losses, asked, activations = self._validate(where, alpha[where], measured=self.setup.measured)
         self.validation_loss[where] = _mean(losses, asked)
         if not self.setup.measured:
             return
@@ -203,7 +216,7 @@ class Population(PopulationState):
         if len(hosts):
             without = alpha[hosts].clone()
             without[torch.arange(len(hosts)), slots] = 0.0
-            ablated, asked_, _ = self._validate(hosts, without, SAMPLES)
+            ablated, asked_, _ = self._validate(hosts, without, samples=SAMPLES)
             samples = ablated.shape[1]
             place = torch.zeros(self.hosts, dtype=torch.int64)
             place[where] = torch.arange(len(where))
@@ -211,7 +224,8 @@ class Population(PopulationState):
             statistics.contribution[hosts, slots] = _mean(ablated, asked_) - as_is
             statistics.contribution_known[hosts, slots] = True
             statistics.contribution_age[hosts, slots] = 0
-        statistics.activations[where] = activation_statistics(trace, self.moved(self.context.width[where]))
+        assert activations is not None
+        statistics.activations[where] = activations
         blueprint = self.moved(self.lifecycle.blueprint[where])
         statistics.record_validation(where, self.validation_loss[where], blueprint)
 
@@ -220,26 +234,42 @@ class Population(PopulationState):
         """Accuracy of the hosts `where` (int64 [m]) on the split "validation" or "test", in [0, 1]: float32 [m].
         For reports only: it never enters an observation or a reward."""
         x, y = getattr(self.data, f"{split}_x"), getattr(self.data, f"{split}_y")
-        logits = self._logits_rows(where, self.lifecycle.alpha[where], x)[0]
+        alpha = self.lifecycle.alpha[where]
+        if self.native:
+            _, logits, _ = self.native.evaluate(where.cpu(), alpha, x, y, measured=0, logits=True)
+            assert logits is not None
+        else:
+            logits, _ = self._logits(where, alpha, x)
         return (logits.argmax(-1) == y.flatten()).float().mean(1)
 
     @torch.no_grad()
-    def _validate(self, rows: Tensor, alpha: Tensor, samples: int | None = None) -> tuple[Tensor, Tensor, Trace]:
+    def _validate(
+        self, rows: Tensor, alpha: Tensor, samples: int | None = None, measured: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of the hosts `rows` [M] with `alpha` [M, slots], on the first `samples` of the validation split: the loss of
-        each label [M, labels], whether it counts (1 or 0), and the trace.
+        each label [M, labels], whether it counts (1 or 0), and if measured the activations' statistics.
 
         Before a shift a host is only asked for the classes it has met.
         """
-        logits, trace = self._logits_rows(rows, alpha, self.data.validation_x[:samples])
-        y = self.data.validation_y[:samples].flatten().expand(len(rows), -1)
-        losses = host.cross_entropy(logits, y)
+        x, y = self.data.validation_x[:samples], self.data.validation_y[:samples]
+        wanted = statistics_samples(self.spec.site.tokens) if measured else 0
+        activations = None
+        if self.native:
+            losses, _, activations = self.native.evaluate(rows, alpha, x, y, measured=wanted)
+        else:
+            logits, trace = self._logits(rows, alpha, x, wanted * self.spec.site.tokens)
+            losses = host.cross_entropy(logits, y.flatten().expand(len(rows), -1))
+            if measured:
+                activations = activation_statistics(trace, self.moved(self.context.width[rows]))
         unmet = (self.epoch[rows] < self.context.shift_epoch[rows]) & (self.context.shift_epoch[rows] < NEVER)
         if self.spec.per_token or not unmet.any():
-            return losses, torch.ones_like(losses), trace
-        return losses, (self.first[rows] | ~self.moved(unmet)[:, None]).gather(1, y).float(), trace
+            return losses, torch.ones_like(losses), activations
+        asked = (self.first[rows] | ~self.moved(unmet)[:, None]).gather(1, y.expand(len(rows), -1))
+        return losses, asked.float(), activations
 
-    def _logits_rows(self, rows: Tensor, alpha: Tensor, x: Tensor) -> tuple[Tensor, Trace]:
-        """Forward of the hosts `rows` [M] (repeats allowed), all on x [n, tokens, inputs], with `alpha` [M, slots]."""
+    def _logits(self, rows: Tensor, alpha: Tensor, x: Tensor, slopes: int = 0) -> tuple[Tensor, Trace]:
+        """Stacked forward of the hosts `rows` [M] (repeats allowed), all on x [n, tokens, inputs], with `alpha`
+        [M, slots]; the trace keeps derivatives on the first `slopes` rows."""
         kinds = self.lifecycle.blueprint[rows].masked_fill(alpha == 0, -1)
         grafts = Grafts(self, rows, kinds, alpha)
         grafts.use_rows(self.seed_theta)
@@ -252,7 +282,7 @@ class Population(PopulationState):
             at.map(lambda value: value[everyone]),
             None if gain is None else gain[everyone],
             grafts,
-            statistics_rows(self.spec.site.tokens) if self.setup.measured else 0,
+            slopes,
         )
 
     # ---- forks ----------------------------------------------------------------------------------------------------
@@ -272,6 +302,11 @@ class Population(PopulationState):
         if not future:
             forked.context = forked.context.without_future(forked.epoch)
         return forked
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    log.warning("hosts are trained by the stacked engine, which is several times slower on a CPU: %s", reason)
 
 
 def _mean(losses: Tensor, asked: Tensor) -> Tensor:

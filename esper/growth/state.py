@@ -49,6 +49,8 @@ class PopulationSpec:
         training: how hosts are trained.
         lifecycle: rules of the lifecycle.
         measured: collect statistics and contributions; twins and forks do without.
+        engine: "native" runs one host after the other in compiled code, on CPUs only; "stacked" runs all at once as
+            tensors, on any device; "auto" takes the native one where it can.
     """
 
     host: HostSpec
@@ -57,6 +59,7 @@ class PopulationSpec:
     training: TrainingSpec
     lifecycle: LifecycleSpec
     measured: bool = True
+    engine: str = "auto"
 
 
 class PopulationState:

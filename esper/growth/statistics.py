@@ -17,9 +17,9 @@ SAMPLES = 128
 """Samples of the validation split that contributions are measured on."""
 
 
-def statistics_rows(tokens: int) -> int:
-    """Rows (samples times tokens) of the validation split that activation statistics are measured on."""
-    return SAMPLES * min(tokens, 4)
+def statistics_samples(tokens: int) -> int:
+    """Samples of the validation split that activation statistics are measured on: up to 4 * SAMPLES tokens."""
+    return max(SAMPLES * min(tokens, 4) // tokens, 1)
 
 
 @dataclass

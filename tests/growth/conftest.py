@@ -29,6 +29,7 @@ WEIGHTS = (2, 4, 4, 1, 1)  # WAIT, GERMINATE, BLEND, FOSSILIZE, CULL: so that ma
 class Toy:
     """Makes small populations and drives them."""
 
+    engine = "auto"
     CATALOGUE, MIXERS = CATALOGUE, MIXERS
     SlowHost, Seed, cut = SlowHost, Seed, staticmethod(cut)
 
@@ -94,7 +95,7 @@ class Toy:
             data.train_x.shape[2], data.classes, width, stages, data.grid, data.causal, data.train_y.ndim == 2
         )
         rules = LifecycleSpec(**{"embargo_epochs": 2, "auto_blend": None, "auto_ramp": 3} | lifecycle)
-        return PopulationSpec(host, CATALOGUE, data, TrainingSpec(steps, batch), rules, measured)
+        return PopulationSpec(host, CATALOGUE, data, TrainingSpec(steps, batch), rules, measured, cls.engine)
 
     @classmethod
     def population(
@@ -239,6 +240,11 @@ class Toy:
         return context
 
 
-@pytest.fixture(scope="session")
-def toy() -> type[Toy]:
-    return Toy
+class Stacked(Toy):
+    engine = "stacked"
+
+
+@pytest.fixture(scope="session", params=[Toy, Stacked], ids=["native", "stacked"])
+def toy(request: pytest.FixtureRequest) -> type[Toy]:
+    """Every test that uses it runs on both engines."""
+    return request.param

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from esper.growth.conditions import Condition
 from esper.growth.host import HostSpec, Trace
 from esper.growth.lifecycle import Stage
-from esper.growth.statistics import HISTORY, Statistics, activation_statistics, growth_gradient, statistics_rows
+from esper.growth.statistics import HISTORY, Statistics, activation_statistics, growth_gradient, statistics_samples
 
 MLP, GLU, LOW_RANK, NORM = range(4)
 DEAD, OFF, MEAN, STD, RANK = range(5)
@@ -59,7 +59,7 @@ def test_only_the_first_rows_are_measured():
     slope = (h > 0).float()
     assert torch.equal(measured(h, slope[:, :, :128]), measured(h[:, :, :128]))
     assert not torch.equal(measured(h), measured(h[:, :, :128]))
-    assert [statistics_rows(tokens) for tokens in (1, 3, 4, 20)] == [128, 384, 512, 512]
+    assert [statistics_samples(tokens) for tokens in (1, 3, 4, 20)] == [128, 128, 128, 25]
 
 
 def test_isotropic_activations_have_rank_one_per_unit():

@@ -19,7 +19,7 @@ from esper.growth.conditions import LEARNING_RATE_SPIKE, NEVER, Condition, activ
 from esper.growth.host import KERNEL, HostSpec
 from esper.growth.lifecycle import Stage, is_live
 from esper.growth.population import Population
-from esper.growth.statistics import SAMPLES, statistics_rows
+from esper.growth.statistics import SAMPLES, statistics_samples
 from esper.runtime.errors import ConfigError
 
 Pair = Callable[[Tensor], Tensor]
@@ -461,7 +461,8 @@ class PlainHost(nn.Module):
 
     def _of_activations(self, trace: dict[str, list[Tensor]]) -> Tensor:
         """[stages, 5], as esper.growth.statistics.activation_statistics."""
-        rows = min(statistics_rows(self.spec.site.tokens), trace["outputs"][0].flatten(0, -2).shape[0])
+        tokens = self.spec.site.tokens
+        rows = min(statistics_samples(tokens) * tokens, trace["outputs"][0].flatten(0, -2).shape[0])
         h = torch.stack([output.flatten(0, -2)[:rows] for output in trace["outputs"]])  # [stages, rows, width]
         pairs = zip(trace["z"], self.activations[1], strict=True)
         slopes = torch.stack([activation.slope(z.flatten(0, -2)[:rows]) for z, activation in pairs])

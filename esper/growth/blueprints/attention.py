@@ -1,9 +1,6 @@
 """Self-attention over the tokens."""
 
-import torch
-from torch import Tensor
-
-from esper.growth.blueprints.exponential import softmax
+from esper.growth.blueprints.operations import Attend, Linear
 from esper.growth.blueprints.registry import Blueprint, ParameterSpec, Site, register
 
 
@@ -17,6 +14,8 @@ class Attention(Blueprint):
     mixes_tokens = True
     gated = True
 
+    program = (Linear(0, "q"), Linear(0, "k"), Linear(0, "v"), Attend(1, 2, 3, "position"), Linear(4, "w"))
+
     def parameters(self, site: Site) -> dict[str, ParameterSpec]:
         width = site.width
         projection = ParameterSpec((width, width), fan_in=width)
@@ -27,21 +26,6 @@ class Attention(Blueprint):
             "w": ParameterSpec((width, width), fan_in=width, output=True),
             "position": ParameterSpec((1, 2 * site.tokens - 1), init="zeros"),
         }
-
-    def delta(self, p: dict[str, Tensor], x: Tensor, units: Tensor, site: Site) -> Tensor:
-        m, rows, width = x.shape
-        tokens = site.tokens
-        q, k, v = (torch.bmm(x, p[name]).view(-1, tokens, width) for name in "qkv")
-        # Hosts of lesser width have fewer units to sum over; padding adds 0.
-        scale = units.sum(-1, keepdim=True).rsqrt()[:, None]
-        scores = torch.bmm(q, k.transpose(1, 2)).view(m, -1, tokens, tokens) * scale
-        distance = torch.arange(tokens, device=q.device)
-        distance = distance[None, :] - distance[:, None]  # [query, key]
-        scores = scores + p["position"][:, :, distance + tokens - 1]
-        if site.causal:
-            scores = scores.masked_fill(distance > 0, -torch.inf)
-        mixed = torch.bmm(softmax(scores).view(-1, tokens, tokens), v).view(m, rows, width)
-        return torch.bmm(mixed, p["w"])
 
     def flops(self, site: Site) -> int:
         return 4 * site.width**2 * site.tokens + 2 * site.width * site.tokens**2

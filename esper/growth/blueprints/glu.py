@@ -1,9 +1,6 @@
 """Gated linear unit."""
 
-import torch
-from torch import Tensor
-
-from esper.growth.blueprints.exponential import sigmoid
+from esper.growth.blueprints.operations import Gate, Linear
 from esper.growth.blueprints.registry import Blueprint, ParameterSpec, Site, register
 
 EXPANSION = 2
@@ -16,6 +13,8 @@ class GLU(Blueprint):
 
     gated = True
 
+    program = (Linear(0, "w1", "b1"), Linear(0, "w2", "b2"), Gate(1, 2), Linear(3, "w3", "b3"))
+
     def parameters(self, site: Site) -> dict[str, ParameterSpec]:
         width, hidden = site.width, EXPANSION * site.width
         return {
@@ -26,10 +25,6 @@ class GLU(Blueprint):
             "w3": ParameterSpec((hidden, width), fan_in=hidden, output=True),
             "b3": ParameterSpec((1, width), fan_in=hidden, output=True),
         }
-
-    def delta(self, p: dict[str, Tensor], x: Tensor, units: Tensor, site: Site) -> Tensor:
-        gate = sigmoid(torch.baddbmm(p["b2"], x, p["w2"]))
-        return torch.baddbmm(p["b3"], torch.baddbmm(p["b1"], x, p["w1"]) * gate, p["w3"])
 
     def flops(self, site: Site) -> int:
         return 3 * EXPANSION * site.width**2 * site.tokens

@@ -1,8 +1,6 @@
 """Two-layer perceptron: the plain way to add capacity."""
 
-import torch
-from torch import Tensor
-
+from esper.growth.blueprints.operations import Linear, Relu
 from esper.growth.blueprints.registry import Blueprint, ParameterSpec, Site, register
 
 EXPANSION = 2
@@ -12,6 +10,8 @@ EXPANSION = 2
 class MLP(Blueprint):
     """`W2 relu(W1 h + b1) + b2` with a hidden layer of twice the width."""
 
+    program = (Linear(0, "w1", "b1"), Relu(1), Linear(2, "w2", "b2"))
+
     def parameters(self, site: Site) -> dict[str, ParameterSpec]:
         width, hidden = site.width, EXPANSION * site.width
         return {
@@ -20,9 +20,6 @@ class MLP(Blueprint):
             "w2": ParameterSpec((hidden, width), fan_in=hidden, output=True),
             "b2": ParameterSpec((1, width), fan_in=hidden, output=True),
         }
-
-    def delta(self, p: dict[str, Tensor], x: Tensor, units: Tensor, site: Site) -> Tensor:
-        return torch.baddbmm(p["b2"], torch.baddbmm(p["b1"], x, p["w1"]).relu(), p["w2"])
 
     def flops(self, site: Site) -> int:
         return 2 * EXPANSION * site.width**2 * site.tokens

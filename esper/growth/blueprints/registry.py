@@ -11,6 +11,7 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
+from esper.growth.blueprints.operations import Operation
 from esper.growth.parameters import ParameterSpec
 
 
@@ -40,10 +41,12 @@ class Blueprint(ABC):
     """A kind of block that can be grafted into a slot: `h + alpha * delta(x)`.
 
     It reads the output h of the slot's stage, or that stage's input if `reads_source`. The other four flags are
-    features of the blueprint node of the observation graph.
+    features of the blueprint node of the observation graph. A block that `program` cannot say leaves it empty and
+    overrides `delta`; populations that may hold it are trained by the stacked engine.
     """
 
     name: ClassVar[str]
+    program: ClassVar[tuple[Operation, ...]] = ()
     reads_source: ClassVar[bool] = False
     mixes_tokens: ClassVar[bool] = False
     gated: ClassVar[bool] = False
@@ -58,9 +61,8 @@ class Blueprint(ABC):
     def parameters(self, site: Site) -> dict[str, ParameterSpec]:
         """Parameters of one seed. Every dimension must grow with `site.width` or be constant in it."""
 
-    @abstractmethod
     def delta(self, p: dict[str, Tensor], x: Tensor, units: Tensor, site: Site) -> Tensor:
-        """What the seed adds to its slot; the engine sets padding to 0.
+        """What the seed adds to its slot; the engine sets padding to 0. By default, what `program` says.
 
         Args:
             p: parameters, each [m, *shape] for m seeds that run together.
@@ -71,6 +73,10 @@ class Blueprint(ABC):
         Returns:
             [m, rows, width].
         """
+        registers = [x]
+        for operation in self.program:
+            registers.append(operation(registers, p, units, site))
+        return registers[-1]
 
     @abstractmethod
     def flops(self, site: Site) -> int:

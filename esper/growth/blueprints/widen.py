@@ -1,8 +1,6 @@
 """More units for a stage, in parallel to those it has."""
 
-import torch
-from torch import Tensor
-
+from esper.growth.blueprints.operations import Linear, Relu
 from esper.growth.blueprints.registry import Blueprint, ParameterSpec, Site, register
 
 
@@ -15,6 +13,8 @@ class Widen(Blueprint):
     residual = False
     widens = True
 
+    program = (Linear(0, "u", "b"), Relu(1), Linear(2, "v"))
+
     def parameters(self, site: Site) -> dict[str, ParameterSpec]:
         width = site.width
         return {
@@ -22,9 +22,6 @@ class Widen(Blueprint):
             "b": ParameterSpec((1, width), fan_in=width),
             "v": ParameterSpec((width, width), fan_in=width, output=True),
         }
-
-    def delta(self, p: dict[str, Tensor], x: Tensor, units: Tensor, site: Site) -> Tensor:
-        return torch.bmm(torch.baddbmm(p["b"], x, p["u"]).relu(), p["v"])
 
     def flops(self, site: Site) -> int:
         return 2 * site.width**2 * site.tokens

@@ -1,0 +1,83 @@
+"""Compiles the kernel at first use and remembers the library by what it was made of."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_SOURCES = ("kernel.cpp", "tile.h")
+# No -ffast-math: a host that diverges must stay NaN, and linking with it changes how the whole process rounds.
+_FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fPIC", "-shared",
+)  # fmt: skip
+
+
+class BuildError(Exception):
+    """Why there is no library."""
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """The compiled kernel, or why there is none."""
+    try:
+        return ctypes.CDLL(str(_compiled()))
+    except (BuildError, OSError) as error:
+        return str(error)
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise BuildError("there is no C++ compiler (CXX, c++, g++ or clang++)")
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    return platform.processor()
+
+
+def _folder() -> Path:
+    """Where libraries are kept: the user's cache, or a folder of this process's own where that cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "esper"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="esper-"))
+
+
+def _compiled() -> Path:
+    here, compiler = Path(__file__).parent, _compiler()
+    parts = [(here / name).read_bytes() for name in _SOURCES]
+    identity = b"\0".join([*parts, " ".join(_FLAGS).encode(), compiler.encode(), _processor().encode()])
+    target = _folder() / f"growth-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    log.info("compiling the growth engine (a few seconds, once)")
+    descriptor, name = tempfile.mkstemp(dir=target.parent, suffix=".so")
+    os.close(descriptor)
+    try:
+        done = subprocess.run([compiler, *_FLAGS, str(here / _SOURCES[0]), "-o", name], capture_output=True, text=True)
+        if done.returncode:
+            raise BuildError(f"{compiler} fails: {done.stderr.strip().splitlines()[:1] or done.returncode}")
+        os.replace(name, target)  # whole or not at all, also where several processes compile at once
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return target

@@ -1,0 +1,315 @@
+"""Hands a population's tensors to the kernel: the structures are those of `host.h`, field by field."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from esper.growth.blueprints.operations import Attend, Convolve, Gate, Linear, Normalise, Operation, Relu
+from esper.growth.blueprints.registry import Blueprint, Site
+from esper.growth.convolution import Convolution, convolution
+from esper.growth.epoch import Trained, learning_rates
+from esper.growth.host import KERNEL
+from esper.growth.lifecycle import Stage, is_live
+from esper.growth.native.build import library
+from esper.growth.statistics import ACTIVATION_STATISTICS
+
+if TYPE_CHECKING:
+    from esper.growth.state import PopulationState
+
+_INT = ctypes.c_int64
+
+
+def _fields(**groups: str) -> list[tuple[str, Any]]:
+    kinds = {"integers": ctypes.c_int64, "pointers": ctypes.c_void_p, "doubles": ctypes.c_double}
+    return [(name, kinds[kind.rstrip("_")]) for kind, names in groups.items() for name in names.split()]
+
+
+class _Table(ctypes.Structure):
+    _fields_ = _fields(integers="taps", pointers="from_ to")
+
+
+class _Operation(ctypes.Structure):
+    _fields_ = _fields(integers="code input0 input1 input2 weight bias row tap table")
+
+
+class _Blueprint(ctypes.Structure):
+    _fields_ = _fields(
+        integers="size operations reads_source", pointers="operation units count theta average square"
+    )
+
+
+class _Population(ctypes.Structure):
+    _fields_ = _fields(
+        integers="inputs classes width stages tokens per_token causal size",
+        pointers="place tables blueprints theta average square widths depths steps seed_steps rate low high leak shift "
+        "units gain",
+    )
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = _fields(pointers="host kind alpha isolated")
+
+
+class _Training(ctypes.Structure):
+    _fields_ = _fields(
+        pointers="x index labels",
+        integers="steps batch",
+        doubles="beta1 beta2 epsilon",
+        pointers_="loss squares seed_rms backward_rms growth",
+    )
+
+
+class _Evaluation(ctypes.Structure):
+    _fields_ = _fields(pointers="x labels", integers="samples measured", pointers_="loss logits activations")
+
+
+def unavailable(population: PopulationState) -> str | None:
+    """Why the kernel cannot run `population`, or None if it can."""
+    if population.device.type != "cpu":
+        return f"it runs on CPUs only, not on {population.device.type}"
+    for blueprint in population.catalogue:
+        if not blueprint.program:
+            return f"blueprint {blueprint.name!r} has no program"
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+def _address(value: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
+    """Of the first element.
+
+    Raises:
+        ValueError: the kernel would read it wrongly.
+    """
+    if value is None:
+        return None
+    if value.dtype != dtype or not value.is_contiguous() or value.device.type != "cpu":
+        raise ValueError(f"a contiguous {dtype} on the CPU, not {value.dtype} of strides {value.stride()}")
+    return value.data_ptr()
+
+
+class _Neighbours:
+    """The token at each tap of each token, or -1; and for each token and tap the token that has it there."""
+
+    def __init__(self, tokens: int, kernel: Convolution | None):
+        neighbour = torch.arange(tokens)[:, None] if kernel is None else kernel.neighbour
+        self.taps = neighbour.shape[1]
+        self.there = torch.where(neighbour < tokens, neighbour, -1).int().contiguous()
+        self.back = torch.full_like(self.there, -1)
+        token, tap = (self.there >= 0).nonzero(as_tuple=True)
+        self.back[self.there[token, tap].long(), tap] = token.int()
+
+    def structure(self) -> _Table:
+        return _Table(self.taps, _address(self.there, torch.int32), _address(self.back, torch.int32))
+
+
+def _inputs(operation: Operation) -> tuple[int, ...]:
+    match operation:
+        case Gate(value, gate):
+            return value, gate
+        case Attend(query, key, value, _):
+            return query, key, value
+        case _:
+            return (operation.source,)
+
+
+class NativeEngine:
+    """The kernel for one kind of population.
+
+    Args:
+        population: what it is to train and evaluate.
+    """
+
+    def __init__(self, population: PopulationState):
+        self._population = p = population
+        found = library()
+        assert not isinstance(found, str), found
+        self._train, self._evaluate = found.esper_train, found.esper_evaluate
+        host = p.spec
+        stage = convolution(host.grid, KERNEL, causal=host.causal) if host.taps > 1 else None
+        self._neighbours = [_Neighbours(host.site.tokens, None), _Neighbours(host.site.tokens, stage)]
+        self._place = torch.tensor([0, *p.table.sizes]).cumsum(0)
+        self._kept: list[Any] = []  # what the structures point to
+        self._programs = [self._program(b, kind, host.site) for kind, b in enumerate(p.catalogue)]
+        self._tables = (_Table * len(self._neighbours))(*(n.structure() for n in self._neighbours))
+
+    def _program(self, blueprint: Blueprint, kind: int, site: Site) -> _Blueprint:
+        p = self._population
+        table = p.seed_tables[kind]
+        names = p.seed_names[kind]
+        places = dict(zip(names, torch.tensor([0, *table.sizes]).cumsum(0).tolist(), strict=False))
+        units = [[width] for width in range(p.spec.width + 1)]  # of each register, for each width
+        operations = []
+        for operation in blueprint.program if blueprint.fits(site) else ():
+            inputs = _inputs(operation)
+            fields = dict(weight=-1, bias=-1, row=0, tap=0, table=0)
+            match operation:
+                case Linear(_, weight, bias):
+                    code = 0
+                    fields.update(weight=places[weight], bias=-1 if bias is None else places[bias])
+                case Convolve(_, weight, bias, _):
+                    code = 0
+                    fields.update(weight=places[weight], bias=places[bias], table=len(self._neighbours))
+                    self._neighbours.append(_Neighbours(site.tokens, operation.convolution(site)))
+                case Relu():
+                    code = 1
+                case Gate():
+                    code = 2
+                case Normalise(_, gain, bias):
+                    code = 3
+                    fields.update(weight=places[gain], bias=places[bias])
+                case Attend(_, _, _, position):
+                    code = 4
+                    fields.update(weight=places[position])
+            if isinstance(operation, Linear | Convolve):
+                *_, rows, columns = table.specs[names.index(operation.weight)].shape
+                fields.update(row=columns, tap=rows * columns)
+            for width in range(len(units)):
+                if isinstance(operation, Linear | Convolve):
+                    shape = blueprint.parameters(p.spec.site_of(max(width, 1)))[operation.weight].shape
+                    units[width].append(shape[-1])
+                else:
+                    units[width].append(units[width][inputs[0]])
+            operations.append(_Operation(code, *inputs, *[0] * (3 - len(inputs)), *fields.values()))
+        listed = (_Operation * len(operations))(*operations)
+        per_register = torch.tensor(units).T.contiguous()
+        self._kept += [listed, per_register]
+        return _Blueprint(
+            table.size,
+            len(operations),
+            blueprint.reads_source,
+            ctypes.addressof(listed),
+            _address(per_register, torch.int64),
+            _address(table.count),
+        )
+
+    def _structure(self) -> tuple[_Population, list[Any]]:
+        """The population as it stands, and what must live as long."""
+        p = self._population
+        for kind, program in enumerate(self._programs):
+            program.theta, program.average, program.square = (
+                _address(state[kind]) for state in (p.seed_theta, p.seed_exp_avg, p.seed_exp_avg_sq)
+            )
+        programs = (_Blueprint * len(self._programs))(*self._programs)
+        at, rates = p.activations(), learning_rates(p)
+        gain = p.gain()
+        gain = None if gain is None else gain.squeeze(2).contiguous()
+        floats = [rates, at.low, at.high, at.leak, at.shift, at.units]
+        floats = [value.contiguous() for value in floats]
+        host = p.spec
+        structure = _Population(
+            host.inputs,
+            host.classes,
+            host.width,
+            host.stages,
+            host.site.tokens,
+            host.per_token,
+            host.causal,
+            p.table.size,
+            _address(self._place, torch.int64),
+            ctypes.addressof(self._tables),
+            ctypes.addressof(programs),
+            *(_address(value) for value in (p.theta, p.exp_avg, p.exp_avg_sq)),
+            *(_address(value, torch.int64) for value in (p.context.width, p.context.depth, p.steps, p.seed_steps)),
+            *(_address(value) for value in (*floats, gain)),
+        )
+        return structure, [programs, floats, gain]
+
+    def _run(self, function: Callable[..., None], population: _Population, rows: _Rows, work: Any, count: int) -> None:
+        """Over all rows, in as many threads as torch would use; the kernel holds no lock of Python's."""
+        arguments = [ctypes.byref(value) for value in (population, rows, work)]
+        threads = min(torch.get_num_threads(), count)
+        edges = [count * i // max(threads, 1) for i in range(threads + 1)]
+
+        def part(i: int) -> None:
+            function(*arguments, _INT(edges[i]), _INT(edges[i + 1]))
+
+        if threads > 1:
+            list(_pool(threads).map(part, range(threads)))
+        elif count:
+            part(0)
+
+    def train(self, index: Tensor, labels: Tensor) -> Trained:
+        """One epoch of all hosts on the minibatches `index` [N, steps, batch] of the training split, with `labels`
+        [N, steps, batch] or [N, steps, batch, tokens]; parameters, moments and step counters are brought up to date."""
+        p, t = self._population, self._population.training
+        stage, hosts, slots = p.lifecycle.stage, p.hosts, p.slots
+        kinds = p.lifecycle.blueprint.masked_fill(~is_live(stage), -1)
+        alone = stage == Stage.TRAINING
+        everyone, alpha = torch.arange(hosts), p.lifecycle.alpha.contiguous()
+        result = Trained(
+            torch.empty(hosts),
+            torch.empty(hosts, 4, p.spec.layers),
+            *(torch.empty(hosts, slots) for _ in range(3)),
+        )
+        rows = _Rows(
+            _address(everyone, torch.int64),
+            _address(kinds, torch.int64),
+            _address(alpha),
+            _address(alone, torch.bool),
+        )
+        work = _Training(
+            _address(p.data.train_x),
+            _address(index := index.contiguous(), torch.int64),
+            _address(labels := labels.contiguous(), torch.int64),
+            t.steps_per_epoch,
+            t.batch_size,
+            t.beta1,
+            t.beta2,
+            t.epsilon,
+            *(_address(value) for value in result),
+        )
+        structure, kept = self._structure()
+        self._run(self._train, structure, rows, work, hosts)
+        del kept
+        p.steps += t.steps_per_epoch
+        p.seed_steps += t.steps_per_epoch * (kinds >= 0)
+        return result
+
+    def evaluate(
+        self, hosts: Tensor, alpha: Tensor, x: Tensor, y: Tensor, measured: int, logits: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of the hosts `hosts` [M], repeats allowed, with `alpha` [M, slots], on x [n, tokens, inputs] with labels y
+        [n] or [n, tokens].
+
+        Returns:
+            the loss of each label [M, labels]; logits [M, labels, classes] if asked for; the activations' statistics
+            [M, slots, ACTIVATION_STATISTICS] on the first `measured` samples, if there are to be any.
+        """
+        p = self._population
+        kinds = p.lifecycle.blueprint[hosts].masked_fill(alpha == 0, -1)
+        y = y.flatten().contiguous()
+        loss = torch.empty(len(hosts), len(y))
+        scores = torch.empty(len(hosts), len(y), p.spec.classes) if logits else None
+        measured = min(measured, len(x))
+        activations = torch.empty(len(hosts), p.slots, len(ACTIVATION_STATISTICS)) if measured else None
+        rows = _Rows(
+            _address(hosts := hosts.contiguous(), torch.int64),
+            _address(kinds, torch.int64),
+            _address(alpha := alpha.contiguous()),
+            None,
+        )
+        work = _Evaluation(
+            _address(x := x.contiguous()),
+            _address(y, torch.int64),
+            len(x),
+            measured,
+            _address(loss),
+            _address(scores),
+            _address(activations),
+        )
+        structure, kept = self._structure()
+        self._run(self._evaluate, structure, rows, work, len(hosts))
+        del kept
+        return loss, scores, activations
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="esper-growth")

@@ -1,0 +1,183 @@
+// Arithmetic on tiles: the values of LANES samples for one unit lie side by side, so that every operation is over whole
+// vectors whatever the width of a host, and a host's numbers never depend on how many units or hosts stand beside them.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace esper {
+
+constexpr int WIDE = 16, CHUNKS = 2, LANES = WIDE * CHUNKS;
+
+typedef float V __attribute__((vector_size(WIDE * sizeof(float))));
+typedef int32_t I __attribute__((vector_size(WIDE * sizeof(int32_t))));
+
+// One unit, LANES samples.
+struct Row {
+  V part[CHUNKS];
+};
+
+inline V spread(float value) { return V{} + value; }
+
+// 1 for the first `count` samples of a tile, 0 for the others.
+inline Row first(int count) {
+  Row row;
+  for (int lane = 0; lane < LANES; ++lane) row.part[lane / WIDE][lane % WIDE] = lane < count ? 1.0f : 0.0f;
+  return row;
+}
+
+inline void fill(Row* x, int64_t count, float value) {
+  for (int64_t i = 0; i < count; ++i)
+    for (V& part : x[i].part) part = spread(value);
+}
+
+inline void copy(Row* to, const Row* from, int64_t count) { std::memcpy(to, from, count * sizeof(Row)); }
+
+inline void add(Row* to, const Row* from, int64_t count, float factor = 1.0f) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int c = 0; c < CHUNKS; ++c) to[i].part[c] += factor * from[i].part[c];
+}
+
+// ---- sums over lanes -------------------------------------------------------------------------------------------------
+
+// Of a and then of b, each half of every group of lanes added to the other half; `halve8` leaves groups of 8.
+inline V halve8(V a, V b) {
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+inline V halve4(V a, V b) {
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+inline V halve2(V a, V b) {
+  return __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+         __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+}
+inline V halve1(V a, V b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// The 16 sums over lanes of v[0..15], in order: a binary tree of halvings.
+inline V sums(const V v[WIDE]) {
+  V a[8], b[4], c[2];
+  for (int i = 0; i < 8; ++i) a[i] = halve8(v[2 * i], v[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) b[i] = halve4(a[2 * i], a[2 * i + 1]);
+  for (int i = 0; i < 2; ++i) c[i] = halve2(b[2 * i], b[2 * i + 1]);
+  return halve1(c[0], c[1]);
+}
+
+inline float sum(const V& v) {
+  float total = 0;
+  for (int i = 0; i < WIDE; ++i) total += v[i];
+  return total;
+}
+
+inline float sum(const Row& row) { return sum(row.part[0] + row.part[1]); }
+
+// ---- functions -------------------------------------------------------------------------------------------------------
+
+// e^x to 2 units in the last place for x in [-87, 88] and clamped beyond; NaN stays NaN (Cephes' expf).
+inline V exponential(V x) {
+  x = x < -87.0f ? spread(-87.0f) : x;
+  x = x > 88.0f ? spread(88.0f) : x;
+  const V magic = spread(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  V n = x * 1.44269504088896341f + magic;
+  const I whole = (I)n - (I)magic;
+  n -= magic;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * (V)((whole + 127) << 23);
+}
+
+inline V sigmoid(V x) { return 1.0f / (1.0f + exponential(-x)); }
+
+inline V root(V x) {
+  V y;
+  for (int i = 0; i < WIDE; ++i) y[i] = __builtin_sqrtf(x[i]);
+  return y;
+}
+
+inline V larger(V a, V b) { return a > b ? a : b; }
+
+// ---- products --------------------------------------------------------------------------------------------------------
+
+template <int OUT>
+inline void accumulate_block(Row* out, const Row* in, int64_t inputs, const float* w, int64_t by_in, int64_t by_out) {
+  Row acc[OUT];
+  for (int o = 0; o < OUT; ++o) acc[o] = out[o];
+  for (int64_t k = 0; k < inputs; ++k) {
+    const Row x = in[k];
+    for (int o = 0; o < OUT; ++o) {
+      const float value = w[k * by_in + o * by_out];
+      for (int c = 0; c < CHUNKS; ++c) acc[o].part[c] += value * x.part[c];
+    }
+  }
+  for (int o = 0; o < OUT; ++o) out[o] = acc[o];
+}
+
+// out[o] += sum over k of w[k * by_in + o * by_out] * in[k]
+inline void accumulate(Row* out, int64_t outputs, const Row* in, int64_t inputs, const float* w, int64_t by_in,
+                       int64_t by_out) {
+  int64_t o = 0;
+  for (; o + 4 <= outputs; o += 4) accumulate_block<4>(out + o, in, inputs, w + o * by_out, by_in, by_out);
+  const float* rest = w + o * by_out;
+  if (outputs - o == 3) accumulate_block<3>(out + o, in, inputs, rest, by_in, by_out);
+  if (outputs - o == 2) accumulate_block<2>(out + o, in, inputs, rest, by_in, by_out);
+  if (outputs - o == 1) accumulate_block<1>(out + o, in, inputs, rest, by_in, by_out);
+}
+
+// g[k * ld + o] += sum over pairs and lanes of x[k] * dy[o], where a pair is x + from[p] * inputs, dy + to[p] * outputs.
+inline void outer(float* g, int64_t ld, const Row* x, int64_t inputs, const Row* dy, int64_t outputs,
+                  const int32_t* from, const int32_t* to, int64_t pairs) {
+  constexpr int BLOCK = 4;
+  for (int64_t k = 0; k < inputs; k += BLOCK)
+    for (int64_t o = 0; o < outputs; o += BLOCK) {
+      // Beyond the edge the last row stands in; what it gives is not written.
+      int64_t ks[BLOCK], os[BLOCK];
+      for (int i = 0; i < BLOCK; ++i) {
+        ks[i] = k + i < inputs ? k + i : inputs - 1;
+        os[i] = o + i < outputs ? o + i : outputs - 1;
+      }
+      V acc[BLOCK * BLOCK] = {};
+      for (int64_t p = 0; p < pairs; ++p) {
+        const Row* a = x + from[p] * inputs;
+        const Row* b = dy + to[p] * outputs;
+        for (int c = 0; c < CHUNKS; ++c) {
+          V right[BLOCK];
+          for (int j = 0; j < BLOCK; ++j) right[j] = b[os[j]].part[c];
+          for (int i = 0; i < BLOCK; ++i) {
+            const V left = a[ks[i]].part[c];
+            for (int j = 0; j < BLOCK; ++j) acc[i * BLOCK + j] += left * right[j];
+          }
+        }
+      }
+      const V total = sums(acc);
+      for (int i = 0; i < BLOCK && k + i < inputs; ++i)
+        for (int j = 0; j < BLOCK && o + j < outputs; ++j) g[(k + i) * ld + o + j] += total[i * BLOCK + j];
+    }
+}
+
+// g[u] += sum over tokens and lanes of x[u]
+inline void total(float* g, const Row* x, int64_t units, int64_t tokens) {
+  for (int64_t first = 0; first < units; first += WIDE) {
+    V acc[WIDE] = {};
+    const int64_t count = units - first < WIDE ? units - first : WIDE;
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t u = 0; u < count; ++u) {
+        const Row& row = x[t * units + first + u];
+        acc[u] += row.part[0] + row.part[1];
+      }
+    const V all = sums(acc);
+    for (int64_t u = 0; u < count; ++u) g[first + u] += all[u];
+  }
+}
+
+}  // namespace esper
