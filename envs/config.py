@@ -15,7 +15,7 @@ from envs.contexts import ContextsConfig, check_range
 from esper.growth import blueprints
 from esper.growth.host import HostSpec
 from esper.growth.lifecycle import LifecycleSpec
-from esper.growth.state import TrainingSpec
+from esper.growth.state import ENGINES, TrainingSpec
 from esper.runtime.errors import ConfigError, check_positive
 
 
@@ -43,6 +43,7 @@ class EnvConfig:
     name: str = MISSING
     task: str = MISSING
     num_envs: int = 32  # hosts trained side by side
+    engine: str = "auto"  # what trains the hosts, one of ENGINES
     epochs: int = MISSING  # steps of an episode
     blueprints: list[str] = MISSING
     host: HostConfig = field(default_factory=HostConfig)
@@ -75,6 +76,8 @@ class EnvConfig:
         )
         if self.task not in tasks.available():
             raise ConfigError(f"{prefix}.task={self.task}: no such task; choose one of {', '.join(tasks.available())}")
+        if self.engine not in ENGINES:
+            raise ConfigError(f"{prefix}.engine={self.engine}: no such engine; choose one of {', '.join(ENGINES)}")
         for name in self.blueprints:
             if name not in blueprints.available():
                 known = ", ".join(blueprints.available())

@@ -54,7 +54,7 @@ class GrowthEnv:
         self.reference = load_reference(config.task)
         spec = population_spec(config)
         self.population = Population(spec, num_envs, device)
-        identity = repr((config.task, config.epochs, config.host, config.training, config.contexts))
+        identity = repr((config.task, config.engine, config.epochs, config.host, config.training, config.contexts))
         self._twins = twins.shared(spec, config.epochs, device, identity)
         self.layout = ActionLayout(self.population.slots, len(config.blueprints))
         self.device = self.population.device
@@ -241,7 +241,8 @@ class GrowthEnv:
 def population_spec(config: EnvConfig) -> PopulationSpec:
     """What the hosts that `config` asks for have in common."""
     data = tasks.load(config.task)
-    return PopulationSpec(host_spec(config), tuple(config.blueprints), data, config.training, config.lifecycle)
+    rules, names = (config.training, config.lifecycle), tuple(config.blueprints)
+    return PopulationSpec(host_spec(config), names, data, *rules, engine=config.engine)
 
 
 def draw_context(config: EnvConfig, key: Tensor) -> tuple[Context, Tensor]:

@@ -21,10 +21,11 @@ from esper.growth.epoch import Trained, train_stacked
 from esper.growth.graft import Grafts
 from esper.growth.host import Trace
 from esper.growth.lifecycle import Event, Stage, is_live
-from esper.growth.state import PopulationSpec, PopulationState
 from esper.growth.native.engine import NativeEngine, unavailable
+from esper.growth.state import PopulationSpec, PopulationState
 from esper.growth.statistics import SAMPLES, activation_statistics, statistics_samples
 from esper.runtime import seeding
+from esper.runtime.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Population(PopulationState):
     """N hosts, their slots and their seeds; see PopulationState for the arguments.
 
     Raises:
-        ValueError: the engine that the spec asks for cannot run here; the message says why.
+        ConfigError: the engine that the spec asks for cannot run here; the message says why.
     """
 
     def __init__(self, spec: PopulationSpec, hosts: int, device: torch.device | str = "cpu"):
@@ -47,7 +48,7 @@ class Population(PopulationState):
             if reason is None:
                 self.native = NativeEngine(self)
             elif spec.engine == "native":
-                raise ValueError(f"engine native: {reason}; use auto or stacked")
+                raise ConfigError(f"env.engine=native: {reason}; use auto or stacked")
             elif self.device.type == "cpu":
                 _warn_once(reason)
 

@@ -38,6 +38,9 @@ class TrainingSpec:
     epsilon: float = 1e-8
 
 
+ENGINES = ("auto", "native", "stacked")
+
+
 @dataclass(frozen=True)
 class PopulationSpec:
     """What the hosts of a population have in common.

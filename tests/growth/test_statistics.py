@@ -227,7 +227,8 @@ def assert_measured(p, k, one):
             means += (state["exp_avg"].double() / (1 - 0.9**steps)).flatten().tolist()
             squares += (state["exp_avg_sq"].double() / (1 - 0.999**steps)).flatten().tolist()
         gradient = math.sqrt(sum(squares) / len(squares))
-        update = [rate * m / (math.sqrt(v) + 1e-8) for m, v in zip(means, squares, strict=True)]
+        epsilon = 1e-8 / math.sqrt(1 - 0.999**steps)  # which stands outside of the bias correction
+        update = [rate * m / (math.sqrt(v) + epsilon) for m, v in zip(means, squares, strict=True)]
         updates += update
         expected = [rms(weights), gradient, rms(means) / (gradient + 1e-12), rms(update)]
         names = ("weight_rms", "gradient_rms", "signal_to_noise", "update_rms")
@@ -277,13 +278,14 @@ def test_the_update_is_that_of_the_last_step(toy):
         before = p.theta.clone()
         p.train_epoch()
         moved = (p.theta - before).double()
-        torch.testing.assert_close(p.statistics.update_rms.double(), moved.square().mean(1).sqrt(), rtol=1e-2, atol=0)
+        torch.testing.assert_close(p.statistics.update_rms.double(), moved.square().mean(1).sqrt(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_activations_are_measured_before_the_slot_on_validation(toy, task):
     p = toy.population(KEYS, task, data=toy.data(task, validation=150), mixed=True, width=6)
-    rows = 128 * min(torch.Size(p.spec.grid).numel(), 4)
+    tokens = torch.Size(p.spec.grid).numel()
+    rows = 128 * min(tokens, 4) // tokens * tokens  # whole samples
     toy.walk(p, KEYS, 4)
     toy.act(p, KEYS)
     alphas = [toy.SlowHost(p, k).alphas(ahead=1) for k in range(6)]

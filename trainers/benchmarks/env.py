@@ -134,8 +134,8 @@ class _Task:
         self.one_by_one = picked(self.population, self.settings.hosts_one_by_one)
         self.stages = stage_counts(self.population)
 
-    def _population(self, hosts: int, measured: bool = True) -> Population:
-        return Population(replace(self.population.setup, measured=measured), hosts, self.device)
+    def _population(self, hosts: int, **changed: Any) -> Population:
+        return Population(replace(self.population.setup, **changed), hosts, self.device)
 
     def _timed(self, function: Callable[[], object]) -> float:
         return timed(function, self.device, self.settings.clock)
@@ -181,17 +181,19 @@ class _Task:
         }
 
     def throughput(self) -> dict[str, Any]:
-        """Seconds of an epoch: the population with and without statistics, then some hosts one by one in both ways."""
+        """Seconds of an epoch: the population with and without statistics and as stacked tensors, then some hosts one
+        by one in both ways."""
         settings = self.settings
         everyone, bare = self._population(settings.hosts), self._population(settings.hosts, measured=False)
-        alone = self._population(1)
-        rounds: dict[str, list[Any]] = {"population": [], "unmeasured": [], "plain": [], "engine": []}
+        stacked, alone = self._population(settings.hosts, engine="stacked"), self._population(1)
+        names = ("population", "unmeasured", "stacked", "plain", "engine")
+        rounds: dict[str, list[Any]] = {name: [] for name in names}
         for number in range(settings.warmup + settings.repeats):
             taken: dict[str, Any] = {"plain": [], "engine": []}
-            pair = {"population": everyone, "unmeasured": bare}
+            together = {"population": everyone, "unmeasured": bare, "stacked": stacked}
             # What runs first must not always be the same.
-            for name in sorted(pair, reverse=bool(number % 2)):
-                taken[name] = self._time(pair[name])
+            for name in sorted(together, reverse=bool(number % 2)):
+                taken[name] = self._time(together[name])
             for host in self.one_by_one:
                 rows = torch.tensor([host])
                 alone.load_state_dict(self.state, rows)
@@ -245,7 +247,7 @@ class _Task:
         hosts, epoch = self.settings.hosts, raw["epoch"]
         rates = {
             "population": [hosts / seconds for seconds in epoch["population"]],
-            "unmeasured": [hosts / seconds for seconds in epoch["unmeasured"]],
+            **{name: [hosts / seconds for seconds in epoch[name]] for name in ("unmeasured", "stacked")},
             **{name: [len(each) / sum(each) for each in epoch[name]] for name in ("plain", "engine")},
         }
 
@@ -258,7 +260,8 @@ class _Task:
         ordinary = slice(0, max(len(steps) - 1, 1))  # the last one also begins new episodes
         return {
             "host_epochs_per_second": {name: Spread.of(values)._asdict() for name, values in rates.items()},
-            "population_over": {name: over(name)._asdict() for name in ("plain", "engine")},
+            "engine": "native" if self.population.native else "stacked",
+            "population_over": {name: over(name)._asdict() for name in ("stacked", "plain", "engine")},
             "faster_one_by_one": fastest,
             "milliseconds_per_host": {
                 n: Spread.of([1000 * value / int(n) for value in values])._asdict()
@@ -277,7 +280,7 @@ class _Task:
 def _work(env: EnvConfig, config: BenchmarkConfig) -> int:
     """Host epochs that a task takes."""
     s = config.benchmark
-    rounds = (s.warmup + s.repeats) * 2 * (s.hosts + s.hosts_one_by_one)
+    rounds = (s.warmup + s.repeats) * (3 * s.hosts + 2 * s.hosts_one_by_one)
     return s.hosts * AGE + rounds + (1 + s.size_repeats) * sum(s.sizes) + env.epochs * s.hosts
 
 
@@ -318,7 +321,12 @@ def _table(title: str, *columns: str) -> Table:
 def _tables(results: dict[str, Any], config: BenchmarkConfig) -> list[Table]:
     s, runtime = config.benchmark, config.runtime
     where = f"{runtime.device}, {runtime.threads} thread(s), {s.clock} clock"
-    names = {"population": f"{s.hosts} together", "plain": "plain loop, one by one", "engine": "engine, one by one"}
+    names = {
+        "population": f"{s.hosts} together",
+        "stacked": f"{s.hosts} together, stacked tensors",
+        "plain": "plain loop, one by one",
+        "engine": "engine, one by one",
+    }
     throughput = _table(f"An epoch with statistics, {where}", "task", "hosts", "host-epochs/s", "together is faster by")
     sizes = _table("Cost of a host in an epoch of N", "task", "N", "ms per host", "of the smallest N")
     last = ("task", "stages of the slots", "statistics", "env steps/s", "ms a step", "observation")

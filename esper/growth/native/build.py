@@ -15,7 +15,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-_SOURCES = ("kernel.cpp", "tile.h")
+_SOURCES = ("kernel.cpp", "host.h", "seed.h", "tile.h")
 # No -ffast-math: a host that diverges must stay NaN, and linking with it changes how the whole process rounds.
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fPIC", "-shared",

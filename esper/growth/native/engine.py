@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from esper.growth.state import PopulationState
 
 _INT = ctypes.c_int64
+_REGISTERS = 16
 
 
 def _fields(**groups: str) -> list[tuple[str, Any]]:
@@ -40,9 +41,7 @@ class _Operation(ctypes.Structure):
 
 
 class _Blueprint(ctypes.Structure):
-    _fields_ = _fields(
-        integers="size operations reads_source", pointers="operation units count theta average square"
-    )
+    _fields_ = _fields(integers="size operations reads_source", pointers="operation units count theta average square")
 
 
 class _Population(ctypes.Structure):
@@ -75,8 +74,8 @@ def unavailable(population: PopulationState) -> str | None:
     if population.device.type != "cpu":
         return f"it runs on CPUs only, not on {population.device.type}"
     for blueprint in population.catalogue:
-        if not blueprint.program:
-            return f"blueprint {blueprint.name!r} has no program"
+        if not 0 < len(blueprint.program) < _REGISTERS:
+            return f"blueprint {blueprint.name!r} has no program of 1 to {_REGISTERS - 1} operations"
     found = library()
     return found if isinstance(found, str) else None
 
@@ -148,7 +147,7 @@ class NativeEngine:
         operations = []
         for operation in blueprint.program if blueprint.fits(site) else ():
             inputs = _inputs(operation)
-            fields = dict(weight=-1, bias=-1, row=0, tap=0, table=0)
+            fields = {"weight": -1, "bias": -1, "row": 0, "tap": 0, "table": 0}
             match operation:
                 case Linear(_, weight, bias):
                     code = 0

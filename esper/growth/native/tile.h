@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace esper {
 
@@ -39,6 +40,30 @@ inline void add(Row* to, const Row* from, int64_t count, float factor = 1.0f) {
   for (int64_t i = 0; i < count; ++i)
     for (int c = 0; c < CHUNKS; ++c) to[i].part[c] += factor * from[i].part[c];
 }
+
+// Hands out rows of one block of memory; without a block it only counts them.
+class Arena {
+ public:
+  Row* take(int64_t count) {
+    used_ += count;
+    return base_ ? base_ + used_ - count : nullptr;
+  }
+  float* floats(int64_t count) { return reinterpret_cast<float*>(take((count + LANES - 1) / LANES)); }
+  int64_t used() const { return used_; }
+  void restart(bool allocate) {
+    if (allocate && used_ > size_) {
+      memory_.resize(used_ * sizeof(Row) + 64);
+      size_ = used_;
+    }
+    base_ = allocate ? reinterpret_cast<Row*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) / 64 * 64) : nullptr;
+    used_ = 0;
+  }
+
+ private:
+  std::vector<char> memory_;
+  Row* base_ = nullptr;
+  int64_t used_ = 0, size_ = 0;
+};
 
 // ---- sums over lanes -------------------------------------------------------------------------------------------------
 
