@@ -103,25 +103,26 @@ def _between(low: float, high: float, severity: Tensor) -> Tensor:
     return low + (high - low) * severity
 
 
+# [conditions, (low, high, leak, shift)] at severity 0, and what severity 1 adds.
+_MILDEST = torch.tensor([0.0, _INF, 0.0, 0.0]).repeat(len(Condition), 1)
+_MILDEST[Condition.SATURATED] = torch.tensor([-0.03, 0.03, 0.01, 0.0])
+_MILDEST[Condition.DYING, 3] = -3.0
+_MILDEST[Condition.HARDTANH, :2] = torch.tensor([-1.0, 1.0])
+_MILDEST[Condition.LINEAR, 0] = -_INF
+_WORSE = torch.zeros_like(_MILDEST)
+_WORSE[Condition.SATURATED] = torch.tensor([0.02, -0.02, 0.0, 0.0])
+_WORSE[Condition.DYING, 3] = -3.0
+
+
 def activations(condition: Tensor, severity: Tensor, width: Tensor, depth: Tensor, widest: int) -> Activations:
     """What `condition` [N, S] of `severity` [N, S] in [0, 1) does to hosts of `width` [N] and `depth` [N]."""
     exists = torch.arange(condition.shape[1], device=depth.device) < depth[:, None]
-
-    def where(kind: Condition, value: Tensor | float, otherwise: Tensor | float) -> Tensor:
-        chosen = torch.where(condition == kind, value, otherwise)
-        return chosen if chosen.shape == condition.shape else chosen.expand(condition.shape)
-
-    saturation = _between(0.03, 0.01, severity)
-    high = where(Condition.SATURATED, saturation, _INF)
-    high = where(Condition.HARDTANH, 1.0, high)
-    low = where(Condition.SATURATED, -saturation, 0.0)
-    low = where(Condition.LINEAR, -_INF, low)
-    low = where(Condition.HARDTANH, -1.0, low)
-    left = where(Condition.CHOKE, (4.0 - (3 * severity).floor()).clamp(min=2), width[:, None].float())
-    left = where(Condition.HALF, (width[:, None] / 2).ceil(), left)
+    settings = _MILDEST[condition] + _WORSE[condition] * severity[..., None]
+    low, high, leak, shift = (value.contiguous() for value in settings.unbind(-1))
+    left = torch.where(condition == Condition.HALF, (width[:, None] / 2).ceil(), width[:, None].float())
+    choked = (4.0 - (3 * severity).floor()).clamp(min=2)
+    left = torch.where(condition == Condition.CHOKE, choked, left)
     left = torch.minimum(left, width[:, None]) * exists
-    leak = where(Condition.SATURATED, 0.01, 0.0)
-    shift = where(Condition.DYING, -_between(3.0, 6.0, severity), 0.0)
     skip = (~exists).float()
     used = torch.stack([(leak > 0).any(0), (shift < 0).any(0), (skip > 0).any(0)], dim=1).tolist()
     units = (torch.arange(widest, device=depth.device) < left[..., None]).float()

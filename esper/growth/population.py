@@ -203,26 +203,25 @@ class Population(PopulationState):
         """Validation loss of the hosts `where`, and if measured their activations and contributions.
 
         A slot's contribution is the loss with its alpha set to 0, minus the loss as is, both on the first SAMPLES of
-        the validation split. Every (host, slot) with alpha > 0 is one row of one more batched forward pass.
+        the validation split. Every (host, slot) with alpha > 0 is one more row of the same evaluation.
         """
-        alpha = self.lifecycle.alpha
-        losses, asked, activations = self._validate(where, alpha[where], measured=self.setup.measured)
-        self.validation_loss[where] = _mean(losses, asked)
+        alpha, count = self.lifecycle.alpha[where], len(where)
         if not self.setup.measured:
+            losses, asked, _ = self._validate(where, alpha)
+            self.validation_loss[where] = _mean(losses, asked)
             return
-        statistics = self.statistics
-        blended = torch.zeros_like(alpha, dtype=torch.bool)
-        blended[where] = alpha[where] > 0
-        hosts, slots = blended.nonzero(as_tuple=True)
+        place, slots = (alpha > 0).nonzero(as_tuple=True)
+        without = alpha[place]
+        without[torch.arange(len(place)), slots] = 0.0
+        hosts, statistics = where[place], self.statistics
+        losses, asked, activations = self._validate(
+            torch.cat([where, hosts]), torch.cat([alpha, without]), ablated=len(hosts), measured=True
+        )
+        self.validation_loss[where] = _mean(losses[:count], asked[:count])
         if len(hosts):
-            without = alpha[hosts].clone()
-            without[torch.arange(len(hosts)), slots] = 0.0
-            ablated, asked_, _ = self._validate(hosts, without, samples=SAMPLES)
-            samples = ablated.shape[1]
-            place = torch.zeros(self.hosts, dtype=torch.int64)
-            place[where] = torch.arange(len(where))
-            as_is = _mean(losses[place[hosts], :samples], asked[place[hosts], :samples])
-            statistics.contribution[hosts, slots] = _mean(ablated, asked_) - as_is
+            labels = SAMPLES * (losses.shape[1] // len(self.data.validation_x))
+            change = _mean(losses[:, :labels], asked[:, :labels])
+            statistics.contribution[hosts, slots] = change[count:] - change[place]
             statistics.contribution_known[hosts, slots] = True
             statistics.contribution_age[hosts, slots] = 0
         assert activations is not None
@@ -237,7 +236,7 @@ class Population(PopulationState):
         x, y = getattr(self.data, f"{split}_x"), getattr(self.data, f"{split}_y")
         alpha = self.lifecycle.alpha[where]
         if self.native:
-            _, logits, _ = self.native.evaluate(where.cpu(), alpha, x, y, measured=0, logits=True)
+            _, logits, _ = self.native.evaluate(where.cpu(), alpha, x, y, logits=True)
             assert logits is not None
         else:
             logits, _ = self._logits(where, alpha, x)
@@ -245,23 +244,31 @@ class Population(PopulationState):
 
     @torch.no_grad()
     def _validate(
-        self, rows: Tensor, alpha: Tensor, samples: int | None = None, measured: bool = False
+        self, rows: Tensor, alpha: Tensor, ablated: int = 0, measured: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of the hosts `rows` [M] with `alpha` [M, slots], on the first `samples` of the validation split: the loss of
-        each label [M, labels], whether it counts (1 or 0), and if measured the activations' statistics.
+        """Of the hosts `rows` [M] with `alpha` [M, slots], on the validation split: the loss of each label
+        [M, labels], whether it counts (1 or 0), and if measured the activations' statistics.
 
-        Before a shift a host is only asked for the classes it has met.
+        The last `ablated` rows see the first SAMPLES only, with a loss of 0 beyond them, and are not measured. Before
+        a shift a host is only asked for the classes it has met.
         """
-        x, y = self.data.validation_x[:samples], self.data.validation_y[:samples]
-        wanted = statistics_samples(self.spec.site.tokens) if measured else 0
-        activations = None
+        x, y = self.data.validation_x, self.data.validation_y
+        tokens = self.spec.site.tokens
+        wanted = statistics_samples(tokens) if measured else 0
+        activations: Tensor | None = None
         if self.native:
-            losses, _, activations = self.native.evaluate(rows, alpha, x, y, measured=wanted)
+            losses, _, activations = self.native.evaluate(rows, alpha, x, y, wanted, ablated)
         else:
-            logits, trace = self._logits(rows, alpha, x, wanted * self.spec.site.tokens)
-            losses = host.cross_entropy(logits, y.flatten().expand(len(rows), -1))
+            full = len(rows) - ablated
+            logits, trace = self._logits(rows[:full], alpha[:full], x, wanted * tokens)
+            losses = host.cross_entropy(logits, y.flatten().expand(full, -1))
             if measured:
-                activations = activation_statistics(trace, self.moved(self.context.width[rows]))
+                activations = activation_statistics(trace, self.moved(self.context.width[rows[:full]]))
+            if ablated:
+                logits, _ = self._logits(rows[full:], alpha[full:], x[:SAMPLES])
+                fewer = host.cross_entropy(logits, y[:SAMPLES].flatten().expand(ablated, -1))
+                rest = losses.shape[1] - fewer.shape[1]
+                losses = torch.cat([losses, torch.nn.functional.pad(fewer, (0, rest))])
         unmet = (self.epoch[rows] < self.context.shift_epoch[rows]) & (self.context.shift_epoch[rows] < NEVER)
         if self.spec.per_token or not unmet.any():
             return losses, torch.ones_like(losses), activations

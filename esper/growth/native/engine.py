@@ -18,7 +18,7 @@ from esper.growth.epoch import Trained, learning_rates
 from esper.growth.host import KERNEL
 from esper.growth.lifecycle import Stage, is_live
 from esper.growth.native.build import library
-from esper.growth.statistics import ACTIVATION_STATISTICS
+from esper.growth.statistics import ACTIVATION_STATISTICS, SAMPLES
 
 if TYPE_CHECKING:
     from esper.growth.state import PopulationState
@@ -66,7 +66,7 @@ class _Training(ctypes.Structure):
 
 
 class _Evaluation(ctypes.Structure):
-    _fields_ = _fields(pointers="x labels", integers="samples measured", pointers_="loss logits activations")
+    _fields_ = _fields(pointers="x labels", integers="samples measured full fewer", pointers_="loss logits activations")
 
 
 def unavailable(population: PopulationState) -> str | None:
@@ -272,22 +272,32 @@ class NativeEngine:
         return result
 
     def evaluate(
-        self, hosts: Tensor, alpha: Tensor, x: Tensor, y: Tensor, measured: int, logits: bool = False
+        self,
+        hosts: Tensor,
+        alpha: Tensor,
+        x: Tensor,
+        y: Tensor,
+        measured: int = 0,
+        ablated: int = 0,
+        logits: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of the hosts `hosts` [M], repeats allowed, with `alpha` [M, slots], on x [n, tokens, inputs] with labels y
         [n] or [n, tokens].
 
+        The last `ablated` rows see the first SAMPLES only and are not measured.
+
         Returns:
-            the loss of each label [M, labels]; logits [M, labels, classes] if asked for; the activations' statistics
-            [M, slots, ACTIVATION_STATISTICS] on the first `measured` samples, if there are to be any.
+            the loss of each label [M, labels], 0 where it was not asked for; logits [M, labels, classes] if wanted; the
+            activations' statistics [M - ablated, slots, ACTIVATION_STATISTICS] on the first `measured` samples, if
+            there are any.
         """
         p = self._population
         kinds = p.lifecycle.blueprint[hosts].masked_fill(alpha == 0, -1)
         y = y.flatten().contiguous()
-        loss = torch.empty(len(hosts), len(y))
+        loss = torch.zeros(len(hosts), len(y))
         scores = torch.empty(len(hosts), len(y), p.spec.classes) if logits else None
-        measured = min(measured, len(x))
-        activations = torch.empty(len(hosts), p.slots, len(ACTIVATION_STATISTICS)) if measured else None
+        measured, full = min(measured, len(x)), len(hosts) - ablated
+        activations = torch.empty(full, p.slots, len(ACTIVATION_STATISTICS)) if measured else None
         rows = _Rows(
             _address(hosts := hosts.contiguous(), torch.int64),
             _address(kinds, torch.int64),
@@ -299,6 +309,8 @@ class NativeEngine:
             _address(y, torch.int64),
             len(x),
             measured,
+            full,
+            min(SAMPLES, len(x)),
             _address(loss),
             _address(scores),
             _address(activations),

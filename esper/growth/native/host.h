@@ -41,6 +41,7 @@ struct Evaluation {
   const float* x;  // [samples, tokens, inputs]
   const int64_t* labels;
   int64_t samples, measured;  // activations are measured on the first `measured` samples
+  int64_t full, fewer;        // rows from `full` on see the first `fewer` samples and are not measured
   float *loss;                // [rows, labels]
   float *logits;              // [rows, labels, classes], or null
   float *activations;         // [rows, stages, 5], or null
@@ -63,27 +64,25 @@ class Host {
 
   int64_t labels() const { return p.per_token ? tokens_ : 1; }
 
-  // Loads samples: `lanes` rows of x.
-  void load(const float* x, const int64_t* index, int64_t first, int lanes) {
-    const int64_t features = tokens_ * p.inputs;
-    float* to = reinterpret_cast<float*>(x_);
-    for (int lane = 0; lane < LANES; ++lane) {
-      if (lane >= lanes) {
-        for (int64_t f = 0; f < features; ++f) to[f * LANES + lane] = 0.0f;
-        continue;
-      }
-      const float* from = x + (index ? index[first + lane] : first + lane) * features;
-      for (int64_t f = 0; f < features; ++f) to[f * LANES + lane] = from[f];
-    }
+  // Takes the samples index[0 .. lanes) of x, or the first ones.
+  void load(const float* x, const int64_t* index, int lanes) {
+    transpose(x_, x, index, lanes, tokens_ * p.inputs);
+    read(x_);
+  }
+
+  // Takes a tile of samples [tokens, inputs], which must stay where it is.
+  void read(const Row* tile) {
+    seen_ = tile;
     if (!p.gain) return;
     const float* gain = p.gain + host_ * p.inputs;
-    for (int64_t f = 0; f < features; ++f)
-      for (V& part : x_[f].part) part *= gain[f % p.inputs];
+    for (int64_t f = 0; f < tokens_ * p.inputs; ++f)
+      for (int c = 0; c < CHUNKS; ++c) x_[f].part[c] = tile[f].part[c] * gain[f % p.inputs];
+    seen_ = x_;
   }
 
   void forward() {
     Row* h = stem_;
-    layer(0).forward(x_, h, tokens_);
+    layer(0).forward(seen_, h, tokens_);
     for (int64_t i = 0; i < tokens_ * width_; ++i)
       for (V& part : h[i].part) part = part < 0.0f ? spread(0.0f) : part;
     for (int64_t s = 0; s < depth_; ++s) {
@@ -175,7 +174,7 @@ class Host {
     }
     for (int64_t i = 0; i < all; ++i)
       for (int c = 0; c < CHUNKS; ++c) g[i].part[c] = stem_[i].part[c] > 0.0f ? g[i].part[c] : spread(0.0f);
-    layer(0).backward(x_, g, nullptr, tokens_);
+    layer(0).backward(seen_, g, nullptr, tokens_);
   }
 
   void zero_gradients() {
@@ -391,6 +390,7 @@ class Host {
   int64_t traced_tiles_;
   int64_t host_, width_, depth_, tokens_;
   Row *x_, *stem_, *logits_, *pooled_, *pooled_gradient_, *g_[2], *last_ = nullptr, *traced_;
+  const Row* seen_ = nullptr;  // what the stem reads
   Room room_;
   float *gradient_, *signal_, *growth_, *steep_;
   std::vector<Row*> sources_, outputs_, slopes_, slots_;

@@ -23,7 +23,7 @@ void esper_train(const Population* p, const Rows* rows, const Training* t, int64
       if (measure) host.forget_signals();
       for (int64_t at = 0; at < t->batch; at += LANES) {
         const int lanes = int(std::min<int64_t>(LANES, t->batch - at));
-        host.load(t->x, index, at, lanes);
+        host.load(t->x, index + at, lanes);
         host.forward();
         host.cross_entropy(y + at * labels, lanes, losses.data() + at * labels, nullptr);
         host.backward(y + at * labels, lanes, 1.0f / all, measure);
@@ -40,20 +40,29 @@ void esper_train(const Population* p, const Rows* rows, const Training* t, int64
 
 // Evaluates the rows [first, last).
 void esper_evaluate(const Population* p, const Rows* rows, const Evaluation* e, int64_t first, int64_t last) {
-  Arena arena;
+  Arena arena, shared;
+  const int64_t features = p->tokens * p->inputs, tiles = (e->samples + LANES - 1) / LANES;
+  shared.take(tiles * features);
+  shared.restart(true);
+  Row* x = shared.take(tiles * features);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int lanes = int(std::min<int64_t>(LANES, e->samples - tile * LANES));
+    transpose(x + tile * features, e->x + tile * LANES * features, nullptr, lanes, features);
+  }
   for (int64_t row = first; row < last; ++row) {
-    Host host(*p, *rows, row, e->measured, arena);
+    const int64_t samples = row < e->full ? e->samples : e->fewer, measured = row < e->full ? e->measured : 0;
+    Host host(*p, *rows, row, measured, arena);
     const int64_t labels = host.labels(), all = e->samples * labels;
     host.forget_trace();
-    for (int64_t at = 0; at < e->samples; at += LANES) {
-      const int lanes = int(std::min<int64_t>(LANES, e->samples - at));
-      host.load(e->x, nullptr, at, lanes);
+    for (int64_t at = 0; at < samples; at += LANES) {
+      const int lanes = int(std::min<int64_t>(LANES, samples - at));
+      host.read(x + at / LANES * features);
       host.forward();
       float* logits = e->logits ? e->logits + (row * all + at * labels) * p->classes : nullptr;
       host.cross_entropy(e->labels + at * labels, lanes, e->loss + row * all + at * labels, logits);
-      if (at < e->measured) host.trace(at / LANES, int(std::min<int64_t>(lanes, e->measured - at)));
+      if (at < measured) host.trace(at / LANES, int(std::min<int64_t>(lanes, measured - at)));
     }
-    if (e->activations) host.activations(e->activations + row * p->stages * 5, e->measured);
+    if (measured) host.activations(e->activations + row * p->stages * 5, measured);
   }
 }
 }

@@ -29,6 +29,16 @@ inline Row first(int count) {
   return row;
 }
 
+// A tile of `lanes` samples of x [samples, features]: those that index names, or the first ones; 0 behind them.
+inline void transpose(Row* tile, const float* x, const int64_t* index, int lanes, int64_t features) {
+  float* to = reinterpret_cast<float*>(tile);
+  if (lanes < LANES) std::memset(tile, 0, features * sizeof(Row));
+  for (int lane = 0; lane < lanes; ++lane) {
+    const float* from = x + (index ? index[lane] : lane) * features;
+    for (int64_t f = 0; f < features; ++f) to[f * LANES + lane] = from[f];
+  }
+}
+
 inline void fill(Row* x, int64_t count, float value) {
   for (int64_t i = 0; i < count; ++i)
     for (V& part : x[i].part) part = spread(value);
