@@ -10,7 +10,8 @@ the effect depends on the kind of defect; a supervised scorer and its learning c
 Work is done in chunks of instances that are kept under runs/headroom, so that a stopped study goes on where it was.
 Results go to scripts/results/headroom/<task>-<kind>.json, tuned knobs to esper/tamiyo/baselines/fitted.json;
 scripts/headroom_report.py makes docs/environments.md of them. Points are percentages of test accuracy over the ungrown
-twin, less 10 per 100 % more parameters. digits/sequential takes about an hour on two cores, tasks on grids longer.
+twin, less 10 per 100 % more parameters. An environment takes minutes on two cores; tasks on
+grids of tokens take longest.
 """
 
 from __future__ import annotations
@@ -54,16 +55,15 @@ FUTURES = 4  # drawn futures that the non-greedy look-ahead averages over
 FINALISTS = 5  # germinations it looks at again
 CHUNK = {"labels": 128, "oracle": 32, "lookahead": 32}
 
+BLOCKS = ("bypass", "norm", "widen", "conv")  # where the environment has them
 GRID: dict[str, list[dict[str, Any]]] = {
-    "all_at_start": [{"blueprint": b} for b in ("mlp", "bypass", "norm", "widen")],
-    "periodic": [{"blueprint": b, "every": e} for b in ("mlp", "bypass", "norm") for e in (4, 8, 16)],
-    "plateau": [{"blueprint": b, "slope": s} for b in ("mlp", "bypass", "norm") for s in (-0.05, -0.02, 0.0)],
-    "statistic": [{"blueprint": b, "threshold": t} for b in ("bypass", "norm") for t in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)],
-    "gradient_norm": [{"blueprint": b, "threshold": t} for b in ("bypass", "norm") for t in (-10.0, 0.0, 0.5, 1.0)],
-    "gradmax": [{"blueprint": b, "threshold": t} for b in ("bypass", "norm") for t in (-10.0, 0.0, 0.5, 1.0, 1.5)],
-    "probe": [
-        {"blueprint": b, "probation": p, "keep": k} for b in ("bypass", "norm") for p in (5, 8) for k in (0.0, 0.03)
-    ],
+    "all_at_start": [{"blueprint": b} for b in (*BLOCKS, "mlp")],
+    "periodic": [{"blueprint": b, "every": e} for b in (*BLOCKS, "mlp") for e in (4, 8, 16)],
+    "plateau": [{"blueprint": b, "slope": s} for b in (*BLOCKS, "mlp") for s in (-0.05, -0.02, 0.0)],
+    "statistic": [{"blueprint": b, "threshold": t} for b in BLOCKS for t in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)],
+    "gradient_norm": [{"blueprint": b, "threshold": t} for b in BLOCKS for t in (-10.0, 0.0, 0.5, 1.0)],
+    "gradmax": [{"blueprint": b, "threshold": t} for b in BLOCKS for t in (-10.0, 0.0, 0.5, 1.0, 1.5)],
+    "probe": [{"blueprint": b, "probation": p, "keep": k} for b in BLOCKS for p in (5, 8) for k in (0.0, 0.03)],
     "linear": [{"threshold": t} for t in (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 13.0)],
 }
 """Knobs that are tried for each controller, on the tuning instances."""

@@ -225,7 +225,7 @@ def play(study: Study, sizes: Sizes) -> dict[str, Any]:
     for name, score in scores.items():
         controllers[name] = {"points": interval(score), "over_never": interval(score - scores["never"][: len(score)])}
     pairs = [("greedy_lookahead", "statistic"), ("planned_lookahead", "statistic")]
-    pairs += [(f"{mode}_lookahead", "linear") for mode in MARGINS]
+    pairs += [(f"{mode}_lookahead", rule) for mode in MARGINS for rule in ("linear", "gradmax", "probe")]
     comparisons = {}
     for better, worse in pairs:
         count = min(len(scores[better]), len(scores[worse]))

@@ -71,9 +71,6 @@ def test_features_are_the_loop(hosts: GrowthEnv, scrambled: Any, seed: int) -> N
             torch.testing.assert_close(got[host, slot], torch.tensor(slow(graph, host, slot)), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the missing slot behind the last one of a shallow host has a log std of -9.2 instead of 0"
-)
 def test_features_of_shallow_hosts_are_the_loop(hosts: GrowthEnv, scrambled: Any) -> None:
     graph = scrambled(hosts, 0)
     for host in range(12):

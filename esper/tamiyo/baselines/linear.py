@@ -37,9 +37,9 @@ def features(graph: GraphBatch) -> Tensor:
     for name in _LAYER:
         values = column(graph, "layer", name)
         stage += [values[:, 1:-1], _next(values)[:, 1:-1]]
-    own = torch.stack(stage, dim=2)
     exists = graph.node_mask["slot"][:, :, None].float()
-    mean = (own * exists).sum(1, keepdim=True) / exists.sum(1, keepdim=True).clamp(min=1)
+    own = torch.stack(stage, dim=2) * exists
+    mean = own.sum(1, keepdim=True) / exists.sum(1, keepdim=True).clamp(min=1)
     after = torch.cat([own[:, 1:], torch.zeros_like(own[:, :1])], dim=1)
     depth = column(graph, "layer", "depth_fraction")[:, 1:-1, None]
     whole = torch.stack([column(graph, "global", name).squeeze(1) for name in _GLOBAL], dim=1)
