@@ -53,6 +53,11 @@ class Convolution:
             shift[row, token, range(self.taps)] = 1.0
         self.shift = shift[:-1].flatten(0, 1)
 
+    @cache  # noqa: B019 - as long-lived as `convolution` keeps them
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The shifts and the neighbours in one row, copied to a device once."""
+        return self.shift.to(device), self.neighbour.flatten().to(device)
+
     def __call__(self, h: Tensor, weight: Tensor) -> Tensor:
         """Convolves.
 
@@ -66,12 +71,12 @@ class Convolution:
         hosts, rows, inputs = h.shape
         outputs, tokens = weight.shape[-1], self.tokens
         if self.dense:
-            between = torch.bmm(self.shift.to(h.device).expand(hosts, -1, -1), weight.flatten(2))
+            between = torch.bmm(self._on(h.device)[0].expand(hosts, -1, -1), weight.flatten(2))
             toeplitz = between.view(hosts, tokens, tokens, inputs, outputs).transpose(2, 3)
             toeplitz = toeplitz.reshape(hosts, tokens * inputs, tokens * outputs)
             return torch.bmm(h.reshape(hosts, -1, tokens * inputs), toeplitz).view(hosts, rows, outputs)
         padded = torch.nn.functional.pad(h.view(hosts, -1, tokens, inputs), (0, 0, 0, 1))
-        gathered = padded.index_select(2, self.neighbour.flatten().to(h.device))
+        gathered = padded.index_select(2, self._on(h.device)[1])
         return torch.bmm(gathered.view(hosts, rows, self.taps * inputs), weight.flatten(1, 2))
 
 

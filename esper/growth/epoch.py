@@ -51,11 +51,10 @@ class EpochRun:
         live = kinds.masked_fill(~is_live(stage), -1)
         self.grafts = Grafts(p, torch.arange(p.hosts), live, p.lifecycle.alpha, stage == Stage.TRAINING)
         blocks = self.grafts.blocks
-        rates = learning_rates(p)
-        self.host_rate = p.moved(rates)
-        self.parts = [_Rows(p.hosts, p.table, self._sizes(rates, p.steps))]
+        self.host_rate = p.moved(learning_rates(p))
+        self.parts = [_Rows(p.hosts, p.table, self._sizes(self.host_rate, p.steps))]
         for kind, hosts, slots, _ in blocks:
-            sizes = self._sizes(rates[hosts], p.seed_steps[hosts, slots])
+            sizes = self._sizes(self.host_rate[hosts], p.seed_steps[hosts, slots])
             self.parts.append(_Rows(len(hosts), p.seed_tables[kind], sizes))
         self.padding = -sum(part.rows * part.table.size for part in self.parts) % _LANES
         self.theta = self._gather(p.theta, p.seed_theta)
@@ -74,7 +73,7 @@ class EpochRun:
         """[steps, rows], rate * sqrt(1 - beta2^t) / (1 - beta1^t) for the t of each step and row."""
         t, p = self.population.training, self.population
         count = (before + torch.arange(1, t.steps_per_epoch + 1, device=p.device)[:, None]).double()
-        return (p.moved(rate.double()) * (1 - t.beta2**count).sqrt() / (1 - t.beta1**count)).float()
+        return (rate.double() * (1 - t.beta2**count).sqrt() / (1 - t.beta1**count)).float()
 
     # ---- the flat vector ------------------------------------------------------------------------------------------
 
@@ -197,9 +196,10 @@ class EpochRun:
     def _seed_gradient_rms(self) -> Tensor:
         p, t = self.population, self.population.training
         rms = torch.zeros(p.hosts, p.slots, device=p.device)
+        widths = p.moved(p.context.width)
         for kind, hosts, slots, _ in self.grafts.blocks:
             debias = 1 - t.beta2 ** p.seed_steps[hosts, slots].double()
-            owned = p.seed_tables[kind].count[p.moved(p.context.width[hosts])]
+            owned = p.seed_tables[kind].count[widths[hosts]]
             rms[hosts, slots] = (p.seed_exp_avg_sq[kind][hosts, slots].sum(1) / owned / debias).sqrt().float()
         return rms
 

@@ -89,7 +89,7 @@ class Grafts:
                 if len(part):
                     number = sum(count > 0 for count in pieces[:slot])
                     places[slot].append((len(self.blocks), number, part))
-            self.blocks.append((kind, hosts[rows], slots, [count for count in pieces if count]))
+            self.blocks.append((kind, p.moved(hosts[rows]), p.moved(slots), [count for count in pieces if count]))
         self._slots: list[_Slot | None] = [
             self._slot(slot, groups, owned, alpha, isolated) if groups else None for slot, groups in enumerate(places)
         ]

@@ -176,8 +176,9 @@ class Population(PopulationState):
         """[N, steps, batch] positions within each host's training samples for the coming epoch."""
         steps, batch = self.training.steps_per_epoch, self.training.batch_size
         size = torch.where(self.epoch < self.context.shift_epoch, self.first_size, self.context.train_size)
-        size = torch.where(self.context.shift_epoch < NEVER, size, self.context.train_size).to(self.device)
-        key = seeding.fold(self.context.key, _ORDER, self.epoch).to(self.device)
+        size = torch.where(self.context.shift_epoch < NEVER, size, self.context.train_size)
+        size = self.moved(size)
+        key = self.moved(seeding.fold(self.context.key, _ORDER, self.epoch))
         shuffled = seeding.permutation(key, size, self.subset.shape[1])
         position = torch.arange(steps * batch, device=self.device) % size[:, None]
         return shuffled.gather(1, position).view(-1, steps, batch)
@@ -185,9 +186,9 @@ class Population(PopulationState):
     def _record(self, trained: Trained) -> None:
         statistics = self.statistics
         statistics.train_loss = trained.loss
-        statistics.age_contributions(self.lifecycle.stage.to(self.device))
+        statistics.age_contributions(self.moved(self.lifecycle.stage))
         sums = trained.squares
-        sizes = (self.layer_sizes[self.context.width] * self.layer_exists()).to(self.device)
+        sizes = self.moved(self.layer_sizes[self.context.width] * self.layer_exists())
         rms = (sums / sizes.clamp(min=1)[:, None]).sqrt()  # [N, 4, layers]
         statistics.layer_weight_rms, statistics.layer_gradient_rms, statistics.layer_update_rms = rms[:, :3].unbind(1)
         statistics.layer_signal_to_noise = rms[:, 3] / (rms[:, 1] + 1e-12)
@@ -205,10 +206,10 @@ class Population(PopulationState):
         A slot's contribution is the loss with its alpha set to 0, minus the loss as is, both on the first SAMPLES of
         the validation split. Every (host, slot) with alpha > 0 is one more row of the same evaluation.
         """
-        alpha, count = self.lifecycle.alpha[where], len(where)
+        alpha, count, there = self.lifecycle.alpha[where], len(where), self.moved(where)
         if not self.setup.measured:
             losses, asked, _ = self._validate(where, alpha)
-            self.validation_loss[where] = _mean(losses, asked)
+            self.validation_loss[there] = _mean(losses, asked)
             return
         place, slots = (alpha > 0).nonzero(as_tuple=True)
         without = alpha[place]
@@ -217,17 +218,18 @@ class Population(PopulationState):
         losses, asked, activations = self._validate(
             torch.cat([where, hosts]), torch.cat([alpha, without]), ablated=len(hosts), measured=True
         )
-        self.validation_loss[where] = _mean(losses[:count], asked[:count])
+        self.validation_loss[there] = _mean(losses[:count], asked[:count])
         if len(hosts):
+            place, hosts, slots = (self.moved(index) for index in (place, hosts, slots))
             labels = SAMPLES * (losses.shape[1] // len(self.data.validation_x))
             change = _mean(losses[:, :labels], asked[:, :labels])
             statistics.contribution[hosts, slots] = change[count:] - change[place]
             statistics.contribution_known[hosts, slots] = True
             statistics.contribution_age[hosts, slots] = 0
         assert activations is not None
-        statistics.activations[where] = activations
+        statistics.activations[there] = activations
         blueprint = self.moved(self.lifecycle.blueprint[where])
-        statistics.record_validation(where, self.validation_loss[where], blueprint)
+        statistics.record_validation(there, self.validation_loss[there], blueprint)
 
     @torch.no_grad()
     def accuracy(self, where: Tensor, split: str) -> Tensor:
@@ -272,7 +274,7 @@ class Population(PopulationState):
         unmet = (self.epoch[rows] < self.context.shift_epoch[rows]) & (self.context.shift_epoch[rows] < NEVER)
         if self.spec.per_token or not unmet.any():
             return losses, torch.ones_like(losses), activations
-        asked = (self.first[rows] | ~self.moved(unmet)[:, None]).gather(1, y.expand(len(rows), -1))
+        asked = (self.first[self.moved(rows)] | ~self.moved(unmet)[:, None]).gather(1, y.expand(len(rows), -1))
         return losses, asked.float(), activations
 
     def _logits(self, rows: Tensor, alpha: Tensor, x: Tensor, slopes: int = 0) -> tuple[Tensor, Trace]:
@@ -282,7 +284,7 @@ class Population(PopulationState):
         grafts = Grafts(self, rows, kinds, alpha)
         grafts.use_rows(self.seed_theta)
         gain, at = self.gain(), self.activations()
-        everyone = rows.to(self.device)
+        everyone = self.moved(rows)
         return host.forward(
             self.spec,
             self.table.views(self.theta[everyone]),
