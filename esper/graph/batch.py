@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from esper.graph.layout import Layout
 from esper.graph.schema import Relation
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ class Edges:
         source: int64 [B, E], node index within the graph.
         target: int64 [B, E].
         attr: float32 [B, E, D].
-        mask: bool [B, E]; False on padding, whose other entries are 0.
+        mask: bool [B, E]; False on padding, which may stand anywhere.
     """
 
     source: Tensor
@@ -33,20 +35,96 @@ class Edges:
 
 
 @dataclass
+class Packed:
+    """B graphs as four tensors, however many types and relations there are; Layout says what stands where.
+
+    Attributes:
+        layout: the places of nodes and edges.
+        x: float32 [B, nodes, features], 0 behind the features that a type has.
+        node_mask: bool [B, nodes]; False on padding.
+        attr: float32 [B, cells, attributes], 0 where there is no edge and behind the attributes that a relation has.
+        mask: bool [B, cells], where there is an edge.
+    """
+
+    layout: Layout
+    x: Tensor
+    node_mask: Tensor
+    attr: Tensor
+    mask: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.x, self.node_mask, self.attr, self.mask
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Packed:
+        """With `function` applied to every tensor."""
+        return Packed(self.layout, *(function(value) for value in self.tensors()))
+
+
 class GraphBatch:
     """B graphs of one schema. Every tensor has B as its first dimension.
 
-    Attributes:
+    It is made either of dictionaries, with edges as lists, or `of` Packed, from which the dictionaries are then read:
+    their lists name every possible edge, and the masks say which there are.
+
+    Args:
         x: node type -> float32 [B, n, F].
         node_mask: node type -> bool [B, n]; False on padding.
         edges: relation -> Edges.
         action_mask: bool [B, A]; the legal actions of each graph.
     """
 
-    x: dict[str, Tensor]
-    node_mask: dict[str, Tensor]
-    edges: dict[Relation, Edges]
-    action_mask: Tensor
+    def __init__(
+        self, x: dict[str, Tensor], node_mask: dict[str, Tensor], edges: dict[Relation, Edges], action_mask: Tensor
+    ):
+        self.action_mask = action_mask
+        self._packed: Packed | None = None
+        self._lists: tuple[dict[str, Tensor], dict[str, Tensor], dict[Relation, Edges]] | None = (x, node_mask, edges)
+
+    @classmethod
+    def of(cls, packed: Packed, action_mask: Tensor) -> GraphBatch:
+        """The batch that `packed` holds."""
+        batch = cls.__new__(cls)
+        batch.action_mask, batch._packed, batch._lists = action_mask, packed, None
+        return batch
+
+    @property
+    def x(self) -> dict[str, Tensor]:
+        return self._dictionaries()[0]
+
+    @property
+    def node_mask(self) -> dict[str, Tensor]:
+        return self._dictionaries()[1]
+
+    @property
+    def edges(self) -> dict[Relation, Edges]:
+        return self._dictionaries()[2]
+
+    @torch.inference_mode(False)  # an actor may be the first to ask for them, and the update the next
+    def _dictionaries(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[Relation, Edges]]:
+        if self._lists is None:
+            packed = self._packed
+            assert packed is not None
+            layout, x, edges = packed.layout, {}, {}
+            for node, _, features in layout.types:
+                x[node] = packed.x[:, layout.nodes[node], :features]
+            for relation, attributes, _ in layout.relations:
+                source, target = (index.to(self.device) for index in _pairs(layout, relation))
+                attr = layout.of_relation(packed.attr, relation)[..., :attributes].flatten(1, 2)
+                mask = layout.of_relation(packed.mask, relation).flatten(1, 2)
+                edges[relation] = Edges(source.expand(mask.shape), target.expand(mask.shape), attr, mask)
+            masks = {node: packed.node_mask[:, place] for node, place in layout.nodes.items()}
+            self._lists = x, masks, edges
+        return self._lists
+
+    def pack(self) -> Packed:
+        """The packed form: what the batch was made of, or a copy of its dictionaries."""
+        return self._packed if self._packed is not None else _pack(*self._dictionaries())
+
+    def with_actions(self, action_mask: Tensor) -> GraphBatch:
+        """The same graphs with other legal actions [B, A]."""
+        if self._packed is not None:
+            return GraphBatch.of(self._packed, action_mask)
+        return GraphBatch(*self._dictionaries(), action_mask)
 
     def __len__(self) -> int:
         return len(self.action_mask)
@@ -57,6 +135,8 @@ class GraphBatch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> GraphBatch:
         """A batch with `function` applied to every tensor."""
+        if self._packed is not None:
+            return GraphBatch.of(self._packed.map(function), function(self.action_mask))
         return self.from_dict({key: function(value) for key, value in self.to_dict().items()})
 
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> GraphBatch:
@@ -78,6 +158,10 @@ class GraphBatch:
     @staticmethod
     def cat(batches: Sequence[GraphBatch]) -> GraphBatch:
         """Concatenates batches of equal padding over B."""
+        packed = [batch._packed for batch in batches if batch._packed is not None]
+        if len(packed) == len(batches) and all(each.layout == packed[0].layout for each in packed):
+            joined = (torch.cat(parts) for parts in zip(*(each.tensors() for each in packed), strict=True))
+            return GraphBatch.of(Packed(packed[0].layout, *joined), torch.cat([b.action_mask for b in batches]))
         dicts = [batch.to_dict() for batch in batches]
         return GraphBatch.from_dict({key: torch.cat([d[key] for d in dicts]) for key in dicts[0]})
 
@@ -178,3 +262,44 @@ def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     length = torch.tensor([len(row) for row in rows], device=rows[0].device)
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return padded, torch.arange(padded.shape[1], device=length.device) < length[:, None]
+
+
+@cache
+@torch.inference_mode(False)
+def _pairs(layout: Layout, relation: Relation) -> tuple[Tensor, Tensor]:
+    return layout.pairs(relation)
+
+
+def _pack(x: dict[str, Tensor], node_mask: dict[str, Tensor], edges: dict[Relation, Edges]) -> Packed:
+    """Packs lists; pairs that several edges join get as many planes as they need."""
+    types = tuple((node, value.shape[1], value.shape[2]) for node, value in x.items())
+    cells, relations = {}, []
+    for relation, edge in edges.items():
+        sources, targets = x[relation[0]].shape[1], x[relation[2]].shape[1]
+        batch, place = edge.mask.nonzero(as_tuple=True)
+        source, target = edge.source[batch, place], edge.target[batch, place]
+        pair = (batch * targets + target) * sources + source
+        # How many edges before it join the same pair: its place in the run of equals.
+        order = pair.argsort(stable=True)
+        number = torch.arange(len(pair), device=pair.device)
+        runs = torch.ones_like(pair, dtype=torch.bool)
+        runs[1:] = pair[order][1:] != pair[order][:-1]
+        plane = torch.empty_like(pair)
+        plane[order] = number - torch.where(runs, number, 0).cummax(0).values
+        planes = int(plane.max()) + 1 if len(plane) else 1
+        relations.append((relation, edge.attr.shape[2], planes))
+        cells[relation] = batch, target, plane * sources + source, edge.attr[batch, place]
+    layout = Layout(types, tuple(relations))
+    first = next(iter(x.values()))
+    size = len(first)
+    packed = Packed(
+        layout,
+        torch.cat([torch.nn.functional.pad(value, (0, layout.features - value.shape[2])) for value in x.values()], 1),
+        torch.cat(list(node_mask.values()), 1),
+        first.new_zeros(size, layout.cells, layout.attributes),
+        first.new_zeros(size, layout.cells, dtype=torch.bool),
+    )
+    for relation, (batch, row, column, attr) in cells.items():
+        layout.of_relation(packed.mask, relation)[batch, row, column] = True
+        layout.of_relation(packed.attr, relation)[batch, row, column, : attr.shape[1]] = attr
+    return packed

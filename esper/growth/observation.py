@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from esper.graph import Edges, GraphBatch
+from esper.graph import GraphBatch, Layout, Packed
 from esper.graph.schema import ACTIVATION_KINDS, LAYER_KINDS, SCHEMA
 from esper.graph.space import BOUND
 from esper.growth.actions import ActionLayout
 from esper.growth.lifecycle import Event, Stage, is_kept, is_live, legal
 from esper.growth.population import Population
-from esper.growth.topology import nodes, wirings
+from esper.growth.topology import edge_masks, nodes
 
 SLOPE_SCALE = 10
 """The observation holds the slope of the log validation loss per epoch times this."""
@@ -42,8 +42,8 @@ class Observer:
         self.population, self.horizon = population, horizon
         p, spec = population, population.spec
         self.layout = ActionLayout(p.slots, len(p.catalogue))
-        self._nodes = nodes(p.slots, len(p.catalogue))
-        self._wiring = wirings(p.slots, len(p.catalogue))
+        self._layout = Layout.of(SCHEMA, nodes(p.slots, len(p.catalogue)))
+        self._edge_masks = edge_masks(self._layout)
         widths = range(spec.width + 1)
         self._fans = torch.tensor([spec.fans(max(w, 1)) for w in widths], dtype=torch.float32)  # [width + 1, L, 2]
         flags = [[b.mixes_tokens, b.gated, b.residual, b.widens] for b in p.catalogue]
@@ -70,18 +70,19 @@ class Observer:
             "slot": self._slot(),
             "blueprint": self._blueprint(),
         }
-        stage = self._exists[:, 1:-1]
-        node_mask = {
-            node: torch.ones(n, count, dtype=torch.bool) for node, count in (("global", 1), *self._nodes.items())
-        }
-        node_mask |= {"layer": self._exists, "activation": stage, "slot": stage}
-        x = {
-            node: (value.nan_to_num(nan=BOUND).clamp(-BOUND, BOUND) * p.moved(node_mask[node])[..., None])
-            for node, value in features.items()
-        }
-        edges = self._edges(depth)
-        batch = GraphBatch(x, node_mask, edges, self.layout.mask(p))
-        return batch if p.device.type == "cpu" else batch.to(p.device, non_blocking=True)
+        stage, one = self._exists[:, 1:-1], torch.ones(n, 1, dtype=torch.bool)
+        exists = {"layer": self._exists, "activation": stage, "slot": stage}
+        exists["blueprint"] = one.expand(-1, len(p.catalogue))
+        node_mask = torch.cat([exists.get(node, one) for node in self._layout.counts], dim=1)
+        x = torch.zeros(n, self._layout.size, self._layout.features, device=p.device)
+        for node, value in features.items():
+            x[:, self._layout.nodes[node], : value.shape[2]] = value
+        node_mask = p.moved(node_mask)
+        x = x.nan_to_num_(nan=BOUND).clamp_(-BOUND, BOUND).mul_(node_mask[..., None])
+        mask = self._edge_masks[depth]
+        attr = self._attributes(n).mul_(mask[..., None]).clamp_(-BOUND, BOUND)
+        packed = Packed(self._layout, x, node_mask, p.moved(attr), p.moved(mask))
+        return GraphBatch.of(packed, p.moved(self.layout.mask(p)))
 
     def _depths(self, depth: Tensor) -> Tensor:
         """[n, L], how deep each layer sits: 0 for the stem, 1 for the head."""
@@ -89,7 +90,8 @@ class Observer:
         at = layer / (depth[:, None] + 1)
         return torch.where(layer == len(layer) - 1, 1.0, at)
 
-    def _edges(self, depth: Tensor) -> dict:
+    def _attributes(self, n: int) -> Tensor:
+        """[n, cells, attributes] on the CPU, also where there is no edge."""
         p, lifecycle = self.population, self.population.lifecycle
         stage, alpha, kind = lifecycle.stage, lifecycle.alpha, lifecycle.blueprint
         fans = self._fans[p.context.width]
@@ -97,33 +99,33 @@ class Observer:
         share = self._sizes / self._sizes.sum(1, keepdim=True)
         germinable = (legal(stage, Event.GERMINATE)[:, :, None] & p.germinable()).float()
         cost = torch.log1p(p.seed_sizes[p.context.width] / self._sizes.sum(1, keepdim=True))  # [n, K]
-        edges = {}
-        for relation in SCHEMA.relations:
-            source, target, mask = self._wiring[relation].of(depth)
-            if relation == ("layer", "feeds", "layer"):
-                gap = self._at.gather(1, target) - self._at.gather(1, source)
-                attr = [gap, ratio.gather(1, target), torch.zeros_like(gap)]
-            elif relation == ("layer", "feeds", "activation"):
-                attr = [self._at.gather(1, source), ratio.gather(1, source)]
-            elif relation == ("activation", "feeds", "layer"):
-                attr = [self._at.gather(1, target), ratio.gather(1, target)]
-            elif relation == ("parameter", "tunes", "layer"):
-                attr = [share.gather(1, target)]
-            elif relation == ("slot", "precedes", "slot"):
-                attr = [(target - source) / (depth[:, None] + 1)]
-            elif "global" in relation:
-                attr = [torch.ones(source.shape)]
-            elif "blueprint" in relation:
-                slot, blueprint = (target, source) if relation[0] == "blueprint" else (source, target)
-                place = slot * len(p.catalogue) + blueprint
-                lives_here = alpha.gather(1, slot) * (kind.gather(1, slot) == blueprint)
-                attr = [germinable.flatten(1).gather(1, place), cost.gather(1, blueprint), lives_here]
-            else:
-                slot = target if relation[2] == "slot" else source
-                attr = [alpha.gather(1, slot), stage.gather(1, slot) / len(Stage)]
-            value = (torch.stack(attr, dim=2) * mask[..., None]).clamp(-BOUND, BOUND)
-            edges[relation] = Edges(source, target, value, mask)
-        return edges
+        attr = torch.zeros(n, self._layout.cells, self._layout.attributes)
+
+        def put(source: str, name: str, target: str, *columns: Tensor) -> None:
+            """Each column is [n, targets, sources], or what broadcasts to it."""
+            own = self._layout.of_relation(attr, (source, name, target))
+            for number, column in enumerate(columns):
+                own[..., number] = column
+
+        at, own_at = self._at, self._at[:, 1:-1]  # of layers, and of the layer in front of each slot
+        put("layer", "feeds", "layer", at[:, :, None] - at[:, None], ratio[:, :, None])
+        put("layer", "feeds", "activation", at[:, None], ratio[:, None])
+        put("activation", "feeds", "layer", at[:, :, None], ratio[:, :, None])
+        put("parameter", "tunes", "layer", share[:, :, None])
+        state = alpha, stage / len(Stage)
+        put("slot", "reads", "layer", *(value[:, None] for value in state))
+        put("slot", "writes", "layer", *(value[:, None] for value in state))
+        put("layer", "hosts", "slot", *(value[:, :, None] for value in state))
+        put("slot", "precedes", "slot", own_at[:, :, None] - own_at[:, None])
+        lives_here = alpha[:, :, None] * (kind[:, :, None] == torch.arange(len(p.catalogue)))  # [n, S, K]
+        fits = germinable, cost[:, None].expand_as(germinable), lives_here
+        put("blueprint", "fits", "slot", *fits)
+        put("slot", "fits", "blueprint", *(value.transpose(1, 2) for value in fits))
+        for node in self._layout.counts:
+            if node != "global":
+                put("global", "writes", node, torch.ones(()))
+                put(node, "informs", "global", torch.ones(()))
+        return attr
 
     # ---- node features, in the order of the schema ----------------------------------------------------------------
 

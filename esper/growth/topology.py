@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from esper.graph.schema import SCHEMA, Relation
-
-
-class Wiring(NamedTuple):
-    """Padded edges of one relation for every depth from 0 to the deepest, each [depths, E], sorted by target."""
-
-    source: Tensor
-    target: Tensor
-    mask: Tensor
-
-    def of(self, depth: Tensor) -> Wiring:
-        """For hosts of `depth` [n]: each [n, E]."""
-        return Wiring(*(value[depth] for value in self))
+from esper.graph.layout import Layout
+from esper.graph.schema import Relation
 
 
 def nodes(stages: int, blueprints: int) -> dict[str, int]:
-    """How many nodes of each type hosts with up to `stages` stages have room for, `global` aside.
+    """How many nodes of each type hosts with up to `stages` stages have room for.
 
     Layers are the stem, the stages and the head, in this order also for hosts of fewer stages, whose layers in between
     are padding.
     """
-    return {"layer": stages + 2, "activation": stages, "parameter": 1, "slot": stages, "blueprint": blueprints}
+    return {
+        "global": 1,
+        "layer": stages + 2,
+        "activation": stages,
+        "parameter": 1,
+        "slot": stages,
+        "blueprint": blueprints,
+    }
 
 
 def _pairs(stages: int, depth: int, blueprints: int) -> dict[Relation, list[tuple[int, int]]]:
@@ -55,17 +50,13 @@ def _pairs(stages: int, depth: int, blueprints: int) -> dict[Relation, list[tupl
     }
 
 
-def wirings(stages: int, blueprints: int) -> dict[Relation, Wiring]:
-    """Of every relation of the schema, for depths 0 to `stages`."""
-    by_depth = [_pairs(stages, depth, blueprints) for depth in range(stages + 1)]
-    result = {}
-    for relation in SCHEMA.relations:
-        rows = [sorted(pairs[relation], key=lambda pair: pair[::-1]) for pairs in by_depth]
-        length = max(len(row) for row in rows)
-        padded = torch.zeros(len(rows), length, 2, dtype=torch.int64)
-        mask = torch.zeros(len(rows), length, dtype=torch.bool)
-        for depth, row in enumerate(rows):
-            if row:
-                padded[depth, : len(row)], mask[depth, : len(row)] = torch.tensor(row), True
-        result[relation] = Wiring(padded[..., 0], padded[..., 1], mask)
-    return result
+def edge_masks(layout: Layout) -> Tensor:
+    """bool [stages + 1, cells], the edges of hosts of every depth."""
+    stages, blueprints = layout.counts["slot"], layout.counts["blueprint"]
+    masks = torch.zeros(stages + 1, layout.cells, dtype=torch.bool)
+    for depth in range(stages + 1):
+        for relation, pairs in _pairs(stages, depth, blueprints).items():
+            own = layout.of_relation(masks[depth : depth + 1], relation)[0]  # [targets, sources]
+            for source, target in pairs:
+                own[target, source] = True
+    return masks

@@ -216,7 +216,9 @@ def test_every_parameter_is_trained(make_learner: Learners, collected: Collected
     still = [name for name, changed in moved.items() if not changed]
     scoring = ("att_src", "att_dst", "att_edge", "lin_dst.weight", "lin_edge.weight")
     assert all(name.endswith(scoring) for name in still)
-    assert not [name for name in still if "fits" in name or "precedes" in name]  # several edges into each node
+    # Several edges into each node; what is the same for all of them counts only across the kink of LeakyReLU.
+    several = [name for name in still if "fits" in name or "precedes" in name]
+    assert not [name for name in several if not name.endswith(("att_dst", "lin_dst.weight"))]
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------

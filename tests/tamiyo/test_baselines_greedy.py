@@ -1,7 +1,6 @@
 """Controllers that follow one statistic, and the probe, on graphs whose features are set by hand."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import hypothesis
@@ -57,7 +56,7 @@ def observed(fresh: GraphBatch, edited: Any) -> Callable[..., GraphBatch]:
             return graph
         mask = graph.action_mask.clone()
         mask[:, 1:21] &= torch.as_tensor(free).repeat_interleave(5, dim=1)
-        return replace(graph, action_mask=mask)
+        return graph.with_actions(mask)
 
     return make
 

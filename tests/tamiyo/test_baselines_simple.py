@@ -1,7 +1,6 @@
 """Controllers that hardly look: never, random, schedules, and the plateau rule."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,7 +46,7 @@ def without(graph: GraphBatch, host: int, *actions: int) -> GraphBatch:
     """The graph with those actions of a host illegal."""
     mask = graph.action_mask.clone()
     mask[host, list(actions)] = False
-    return replace(graph, action_mask=mask)
+    return graph.with_actions(mask)
 
 
 # ---- never and random ------------------------------------------------------------------------------------------------
