@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 import envs
 from envs import tasks
@@ -64,6 +65,18 @@ def test_hosts_have_room_for_every_width_that_is_drawn():
     assert host_spec(load_config("segment", "growth", host={"width": [8, 9]})).width == 9
 
 
+def test_the_engine_is_that_of_the_configuration(play):
+    stacked, auto = play.env(4, engine="stacked"), play.env(4)
+    before = stacked.population.validation_loss.clone()
+    rewards = [[reward for _, reward, _, _ in play.run(env, 2, range(4))] for env in (stacked, auto)]
+    assert stacked.population.native is None
+    assert (stacked.population.setup.engine, auto.population.setup.engine) == ("stacked", "auto")
+    torch.testing.assert_close(*rewards, rtol=1e-4, atol=1e-5)
+    losses = stacked.population.validation_loss
+    torch.testing.assert_close(losses, auto.population.validation_loss, rtol=1e-4, atol=1e-5)
+    assert (losses != before).all()
+
+
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
 TASKS = "charlm, digits, digits_conv, mnist5k, segment, signal"
@@ -88,6 +101,7 @@ TASKS = "charlm, digits, digits_conv, mnist5k, segment, signal"
         ("segment", {"training": {"batch_size": 0}}, r"env\.training\.batch_size=0"),
         ("segment", {"training": {"steps_per_epoch": -1}}, r"env\.training\.steps_per_epoch=-1"),
         ("segment", {"lifecycle": {"auto_ramp": 0}}, r"env\.lifecycle\.auto_ramp=0"),
+        ("segment", {"engine": "fast"}, r"env\.engine=fast: no such engine; choose one of auto, native, stacked"),
         ("segment", {"epochs": "many"}, r"env segment: epochs: .*many"),
         ("segment", {"epoch": 5}, r"env segment: epoch: .*the keys are those of conf/env/segment\.yaml"),
         ("segment", {"host": {"depth": 3}}, r"env segment: host\.depth: "),
