@@ -15,7 +15,7 @@ IDS = {
 }
 """Gymnasium's id of each environment of `conf/env`."""
 
-for _name, _id in IDS.items():
+for _name, _id in {**IDS, "surrogate": "esper/Surrogate-v0"}.items():
     register(
         id=_id,
         entry_point="envs.gym_env:SingleGrowthEnv",
