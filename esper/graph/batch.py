@@ -142,9 +142,12 @@ class GraphBatch:
             data = HeteroData()
             for node, x in self.x.items():
                 data[node].x = x[b][self.node_mask[node][b]]
+            # Padding may lie between nodes: what stands behind it moves up.
+            place = {node: mask[b].cumsum(0) - 1 for node, mask in self.node_mask.items()}
             for relation, edges in self.edges.items():
                 mask = edges.mask[b]
-                data[relation].edge_index = torch.stack([edges.source[b][mask], edges.target[b][mask]])
+                source, target = place[relation[0]][edges.source[b]], place[relation[2]][edges.target[b]]
+                data[relation].edge_index = torch.stack([source[mask], target[mask]])
                 data[relation].edge_attr = edges.attr[b][mask]
             data.action_mask = self.action_mask[b]
             graphs.append(data)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from envs.config import load_config
+from esper.runtime.errors import ConfigError
 from esper.tamiyo import baselines
 from esper.tamiyo.baselines import BaselinesConfig
 from trainers import evaluation
+from trainers.config import EvaluationConfig
 
 
 @pytest.fixture
@@ -55,6 +57,27 @@ def test_a_single_file_and_another_environment(run, run_evaluate):
     assert result.code == 0, result.err
     assert report(run)["environment"] == "segment"
     assert list(report(run)["controllers"]) == ["tamiyo"]
+
+
+def test_contexts_of_another_kind(run, run_evaluate):
+    given = [f"checkpoint={run}", "baselines=[never]", "episodes=2", "env=digits", "env.epochs=3"]
+    scores = []
+    for kind in ("plain", "shift"):
+        result = run_evaluate(*given, f"env/contexts={kind}")
+        assert result.code == 0, result.err
+        scores.append(report(run)["controllers"]["never"]["test_accuracy"])
+        assert report(run)["controllers"]["never"]["scores"] == [0.0, 0.0]
+    assert scores[0] != scores[1]
+
+
+def test_names_of_the_baselines():
+    everything = baselines.usable("digits/mixture")
+    assert EvaluationConfig().names("digits/mixture") == list(everything)
+    assert EvaluationConfig(baselines="none").names("digits/mixture") == []
+    assert EvaluationConfig(baselines="never").names("digits/mixture") == ["never"]
+    assert EvaluationConfig(baselines=["probe", "never"]).names("digits/mixture") == ["probe", "never"]
+    with pytest.raises(ConfigError, match=r"here\.baselines=magic: no such baseline; choose all, none, or from "):
+        EvaluationConfig(baselines=["never", "magic"]).names("digits/mixture", "here.")
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,22 @@ def test_resume_may_train_longer_but_not_change_the_task(run_train):
     assert (run / ".hydra_resume").exists()
 
 
+def test_contexts_and_knobs_reach_the_run_and_stay(run_train):
+    first = run_train("env/contexts=growth", "evaluation.controllers.plateau.slope=-0.01", "ppo.total_steps=32")
+    assert first.code == 0, first.err
+    run = first.run_dir
+    refused = run_train(f"resume={run}", "env/contexts=shift", tiny=False)
+    assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+    assert refused.err.startswith("error: env/contexts=shift: cannot be changed when resuming")
+    longer = run_train(f"resume={run}", "env/contexts=growth", "ppo.total_steps=64", tiny=False)
+    assert longer.code == 0, longer.err
+    config = newest(run)["config"]
+    assert {kind for kind, weight in config["env"]["contexts"]["mixture"].items() if weight} == {"growth"}
+    assert config["evaluation"]["controllers"]["plateau"]["slope"] == -0.01
+    assert config["evaluation"]["controllers"]["plateau"]["patience"] is None
+    assert newest(run)["env"]["population"]["context"]["priced"].all()
+
+
 def test_damaged_checkpoint_is_named_and_the_one_before_used(run_train):
     run = run_train().run_dir
     newest_file, before = checkpoint.found(run)[:2]
