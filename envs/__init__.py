@@ -12,10 +12,11 @@ IDS = {
     "signal": "esper/Signal-v0",
     "mnist5k": "esper/Mnist5k-v0",
     "charlm": "esper/CharLM-v0",
+    "surrogate": "esper/Surrogate-v0",
 }
 """Gymnasium's id of each environment of `conf/env`."""
 
-for _name, _id in {**IDS, "surrogate": "esper/Surrogate-v0"}.items():
+for _name, _id in IDS.items():
     register(
         id=_id,
         entry_point="envs.gym_env:SingleGrowthEnv",

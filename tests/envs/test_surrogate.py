@@ -2,14 +2,12 @@
 
 import dataclasses
 import io
-import warnings
 from importlib import resources
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env
 from omegaconf import OmegaConf
 
 from envs import surrogate_model
@@ -127,6 +125,13 @@ def test_a_host_is_its_twin_until_it_grows(play):
         env.step(torch.full((32,), env.layout.index(Verb.GERMINATE, 1, 0) if epoch == 6 else 0))
         same = env.population.validation_loss == env._twin[:, epoch]
         assert same.all() if epoch < 6 else not same.any()
+
+
+def test_its_twins_are_not_those_of_the_real_environment(play, no_twins):
+    real = play.env(4, 5, "digits", epochs=EPOCHS, training={})
+    surrogate = make(play, 4, 5)
+    assert torch.equal(real.population.context.key, surrogate.population.context.key)
+    assert (real._twin != surrogate._twin).all(0)[: EPOCHS + 1].all()
 
 
 def test_noise_differs_between_hosts_and_epochs(play):
@@ -263,14 +268,6 @@ def test_the_rule_that_reads_the_defects_beats_random_growth():
 
 
 # ---- Gymnasium ----------------------------------------------------------------------------------------------------
-
-
-def test_gymnasium_s_checker_has_nothing_to_say():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        env = gymnasium.make(ID)
-        check_env(env.unwrapped)
-        env.close()
 
 
 def test_a_vector_of_episodes():
