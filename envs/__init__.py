@@ -12,6 +12,7 @@ IDS = {
     "signal": "esper/Signal-v0",
     "mnist5k": "esper/Mnist5k-v0",
     "charlm": "esper/CharLM-v0",
+    "surrogate": "esper/Surrogate-v0",
 }
 """Gymnasium's id of each environment of `conf/env`."""
 

@@ -42,6 +42,7 @@ class EnvConfig:
 
     name: str = MISSING
     task: str = MISSING
+    dynamics: str = "trained"  # or "surrogate": epochs are drawn from a model fitted to real ones
     num_envs: int = 32  # hosts trained side by side
     engine: str = "auto"  # what trains the hosts, one of ENGINES
     epochs: int = MISSING  # steps of an episode

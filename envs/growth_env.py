@@ -15,6 +15,7 @@ from torch import Tensor
 from envs import contexts, tasks, twins
 from envs.config import EnvConfig, host_spec
 from envs.reward import gain, load_reference, rent
+from envs.surrogate import SurrogatePopulation
 from esper.graph import GraphBatch
 from esper.growth.actions import ActionLayout, Verb
 from esper.growth.context import Context
@@ -53,9 +54,11 @@ class GrowthEnv:
         self._split = SPLITS.index(split)
         self.reference = load_reference(config.task)
         spec = population_spec(config)
-        self.population = Population(spec, num_envs, device)
-        identity = repr((config.task, config.engine, config.epochs, config.host, config.training, config.contexts))
-        self._twins = twins.shared(spec, config.epochs, device, identity)
+        kind = SurrogatePopulation if config.dynamics == "surrogate" else Population
+        self.population = kind(spec, num_envs, device)
+        hosts = (config.host, config.training, config.contexts)
+        identity = repr((kind, config.engine, config.task, config.epochs, *hosts))
+        self._twins = twins.shared(kind, spec, config.epochs, device, identity)
         self.layout = ActionLayout(self.population.slots, len(config.blueprints))
         self.device = self.population.device
         self._observer = Observer(self.population, config.epochs)

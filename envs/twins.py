@@ -22,13 +22,22 @@ class Twins:
     """Episodes without growth.
 
     Args:
+        kind: what they are trained in; twins of simulated hosts are simulated too.
         spec: what hosts have in common.
         epochs: of an episode.
         device: where they are trained.
         capacity: episodes remembered; the oldest are forgotten first.
     """
 
-    def __init__(self, spec: PopulationSpec, epochs: int, device: torch.device | str, capacity: int = 100_000):
+    def __init__(
+        self,
+        kind: type[Population],
+        spec: PopulationSpec,
+        epochs: int,
+        device: torch.device | str,
+        capacity: int = 100_000,
+    ):
+        self._kind = kind
         self._spec = PopulationSpec(**{**vars(spec), "measured": False})
         self._epochs, self._device, self._capacity = epochs, device, capacity
         self._known: OrderedDict[int, Tensor] = OrderedDict()
@@ -51,7 +60,7 @@ class Twins:
         return episodes
 
     def _train(self, context: Context) -> Tensor:
-        population, everyone = Population(self._spec, len(context), self._device), torch.arange(len(context))
+        population, everyone = self._kind(self._spec, len(context), self._device), torch.arange(len(context))
         population.reset(everyone, context)
         losses = [population.validation_loss.cpu().clone()]
         for _ in range(self._epochs):
@@ -64,6 +73,8 @@ class Twins:
 _SHARED: dict[str, Twins] = {}
 
 
-def shared(spec: PopulationSpec, epochs: int, device: torch.device | str, identity: str) -> Twins:
+def shared(
+    kind: type[Population], spec: PopulationSpec, epochs: int, device: torch.device | str, identity: str
+) -> Twins:
     """The twins of this process for environments of the same `identity`, which says all that twins depend on."""
-    return _SHARED.setdefault(f"{identity}@{device}", Twins(spec, epochs, device))
+    return _SHARED.setdefault(f"{identity}@{device}", Twins(kind, spec, epochs, device))

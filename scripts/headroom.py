@@ -28,8 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import envs
-from envs import lookahead
+from envs import lookahead, tasks
 from envs.config import EnvConfig, load_config
 from envs.contexts import KINDS
 from envs.growth_env import draw_context, population_spec
@@ -288,7 +287,7 @@ def main() -> None:
     from headroom_analysis import analyse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everything = [f"{task}/{kind}" for task in envs.IDS for kind in (*KINDS, "mixture")]
+    everything = [f"{task}/{kind}" for task in tasks.available() for kind in (*KINDS, "mixture")]
     parser.add_argument("instances", nargs="*", default=everything, metavar="TASK/KIND")
     for part, default, what in (
         ("labels", 3, f"{CHUNK['labels']} random episodes to fit the linear scorer on"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import envs
+from envs import tasks
 from envs.config import EnvConfig, load_config
 from envs.growth_env import draw_context, population_spec
 from esper.growth.population import Population
@@ -44,7 +45,7 @@ def final_loss(config: EnvConfig, large: bool, instances: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", default=list(envs.IDS))
+    parser.add_argument("tasks", nargs="*", default=tasks.available())
     parser.add_argument("--instances", type=int, default=256)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-import envs
 from envs import tasks
 from envs.config import host_spec, load_config, saved_config
 from envs.contexts import KINDS
@@ -15,7 +14,7 @@ from esper.growth import blueprints
 from esper.runtime.errors import ConfigError
 
 
-@pytest.mark.parametrize("name", envs.IDS)
+@pytest.mark.parametrize("name", tasks.available())
 def test_packaged_environments_are_valid_with_every_kind_of_context(name):
     data = tasks.load(name)
     for contexts in (*KINDS, "mixture"):

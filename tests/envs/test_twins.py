@@ -19,7 +19,7 @@ def made(play):
 
     def make(kind="mixture", capacity=100, name="segment"):
         config = play.config(name, kind, epochs=EPOCHS)
-        found = Twins(population_spec(config), EPOCHS, "cpu", capacity)
+        found = Twins(Population, population_spec(config), EPOCHS, "cpu", capacity)
         train, trained = found._train, []
 
         def counted(context):
@@ -38,7 +38,7 @@ def test_a_twin_is_the_host_that_never_grows(play, name, kind):
     env = play.env(count, 3, name, contexts=kind, epochs=EPOCHS, autoreset=False)
     for _ in range(EPOCHS):
         *_, info = env.step(torch.zeros(count, dtype=torch.int64))
-    episodes = Twins(population_spec(env.config), EPOCHS, "cpu")(env.population.context)
+    episodes = Twins(Population, population_spec(env.config), EPOCHS, "cpu")(env.population.context)
     assert episodes.shape == (count, EPOCHS + 3)
     assert torch.equal(episodes[:, EPOCHS], env.population.validation_loss)
     for column, split in ((-2, "validation"), (-1, "test")):
