@@ -339,6 +339,7 @@ def test_the_shipped_model_is_of_digits_as_configured():
         OmegaConf.to_container(OmegaConf.load(str(resources.files("esper.conf") / "env" / f"{name}.yaml")))
         for name in ("digits", "surrogate")
     )
+    digits.pop("engine")  # there is nothing to train
     assert surrogate == {**digits, "name": "surrogate", "dynamics": "surrogate", "num_envs": surrogate["num_envs"]}
     Fitted.load().check(population_spec(load_config("digits")))
     assert Fitted.load().blueprints == tuple(digits["blueprints"])
