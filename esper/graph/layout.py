@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ class Block:
     @property
     def columns(self) -> int:
         return self.starts[-1]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Columns of each relation."""
+        return [after - before for before, after in pairwise(self.starts)]
 
     @property
     def cells(self) -> slice:

@@ -1,19 +1,23 @@
 """The heterogeneous graph encoder: typed input layers, two GraphSAGE layers, two GAT layers with edge attributes.
 
-This is PyG's own arithmetic (`HeteroConv` of `SAGEConv` and `GATConv`), the reference for every faster backend.
+What is computed is PyG's HeteroConv (mean over relations) of SAGEConv and GATConv. The parameters of all relations of
+a layer are stacked; the backends of `esper.tamiyo.encoders` read them in their own ways.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch_geometric.nn import GATConv, HeteroConv, SAGEConv
 
-from esper.graph import GraphBatch
+from esper.graph import GraphBatch, Layout
 from esper.graph.schema import GraphSchema, Relation
+from esper.tamiyo import encoders
 
 SAGE_LAYERS = 2  # the layers after these are GAT
 
@@ -25,60 +29,140 @@ def orthogonal_(layer: nn.Linear, gain: float = math.sqrt(2)) -> nn.Linear:
     return layer
 
 
-class Encoder(nn.Module):
-    """Node embeddings of a GraphBatch.
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """Sizes of an encoder.
 
-    GraphSAGE: Hamilton et al., arXiv 1706.02216. GAT: Velickovic et al., arXiv 1710.10903.
-
-    Args:
+    Attributes:
         schema: node types and relations.
         hidden: widths of the four layers; the first is also the width of the typed input layers.
         heads: attention heads of the GAT layers; must divide their widths.
         read: node types whose final embedding is used; the last layer computes no others.
     """
 
-    def __init__(self, schema: GraphSchema, hidden: list[int], heads: int, read: tuple[str, ...]):
-        super().__init__()
-        self.read = read
-        self.inputs = nn.ModuleDict(
+    schema: GraphSchema
+    hidden: tuple[int, ...]
+    heads: int
+    read: tuple[str, ...]
+
+    @cached_property
+    def widths(self) -> list[tuple[int, int]]:
+        """(in, out) of every layer."""
+        return list(zip((self.hidden[0], *self.hidden[:-1]), self.hidden, strict=True))
+
+    def targets(self, depth: int) -> tuple[str, ...]:
+        """The node types that a layer computes."""
+        return self.read if depth == len(self.hidden) - 1 else tuple(self.schema.nodes)
+
+    def relations(self, depth: int) -> list[Relation]:
+        """Those of a layer in the order of its stacked parameters: by target type, as the blocks of a Layout."""
+        return [r for node in self.schema.nodes if node in self.targets(depth) for r in self.into(node)]
+
+    def into(self, node: str) -> list[Relation]:
+        """The relations that end in a node type."""
+        return [relation for relation in self.schema.relations if relation[2] == node]
+
+    def attends(self, depth: int) -> bool:
+        """Whether a layer is GAT."""
+        return depth >= SAGE_LAYERS
+
+    @cached_property
+    def attributes(self) -> int:
+        """Attributes of the relation that has most."""
+        return max(len(names) for names in self.schema.relations.values())
+
+
+def typed_inputs(shape: Shape) -> nn.ModuleDict:
+    """A layer for the features of each node type."""
+    width = shape.hidden[0]
+    return nn.ModuleDict(
+        {
+            node: nn.Sequential(orthogonal_(nn.Linear(len(names), width)), nn.GELU(), nn.LayerNorm(width))
+            for node, names in shape.schema.nodes.items()
+        }
+    )
+
+
+def typed_skips(shape: Shape) -> nn.ModuleList:
+    """What every layer adds to its output, for each node type."""
+    return nn.ModuleList(
+        nn.ModuleDict(
             {
-                node: nn.Sequential(orthogonal_(nn.Linear(len(names), hidden[0])), nn.GELU(), nn.LayerNorm(hidden[0]))
-                for node, names in schema.nodes.items()
+                node: nn.Identity() if width == out else orthogonal_(nn.Linear(width, out))
+                for node in shape.targets(depth)
             }
         )
-        self.layers = nn.ModuleList()
-        self.skips = nn.ModuleList()
-        width = hidden[0]
-        for depth, out in enumerate(hidden):
-            targets = read if depth == len(hidden) - 1 else tuple(schema.nodes)
-            convs: dict[Relation, nn.Module] = {}
-            for relation, attributes in schema.relations.items():
-                if relation[2] not in targets:
-                    continue
-                if depth < SAGE_LAYERS:
-                    convs[relation] = SAGEConv((width, width), out)
-                else:
-                    convs[relation] = GATConv(
-                        (width, width), out // heads, heads, edge_dim=len(attributes), add_self_loops=False
-                    )
-            with warnings.catch_warnings():
-                # PyG warns of node types that a layer does not update; in the last layer that is the intention.
-                warnings.filterwarnings("ignore", message="There exist node types")
-                self.layers.append(HeteroConv(convs, aggr="mean"))
-            same = out == width
-            self.skips.append(
-                nn.ModuleDict({t: nn.Identity() if same else orthogonal_(nn.Linear(width, out)) for t in targets})
-            )
-            width = out
+        for depth, (width, out) in enumerate(shape.widths)
+    )
+
+
+class SageLayer(nn.Module):
+    """Parameters of R relations: `neighbour` and `root` [R, in, out], `bias` [R, out] (arXiv 1706.02216)."""
+
+    def __init__(self, relations: int, width: int, out: int):
+        super().__init__()
+        self.neighbour, self.root = (nn.Parameter(torch.empty(relations, width, out)) for _ in range(2))
+        self.bias = nn.Parameter(torch.empty(relations, out))
+
+
+class GatLayer(nn.Module):
+    """Parameters of R relations: `source` and `target` [R, in, out], `edge` [R, attributes, out], what scores them
+    [R, heads, out / heads], and `bias` [R, out] (arXiv 1710.10903). Rows of `edge` that a relation lacks are 0."""
+
+    def __init__(self, relations: int, width: int, out: int, heads: int, attributes: int):
+        super().__init__()
+        self.source, self.target = (nn.Parameter(torch.empty(relations, width, out)) for _ in range(2))
+        self.edge = nn.Parameter(torch.zeros(relations, attributes, out))
+        self.att_source, self.att_target, self.att_edge = (
+            nn.Parameter(torch.empty(relations, heads, out // heads)) for _ in range(3)
+        )
+        self.bias = nn.Parameter(torch.empty(relations, out))
+
+
+class Encoder(nn.Module):
+    """Node embeddings of a GraphBatch.
+
+    Args:
+        schema, hidden, heads, read: see Shape.
+        backend: one of `encoders.BACKENDS`, or "auto".
+    """
+
+    def __init__(
+        self, schema: GraphSchema, hidden: list[int], heads: int, read: tuple[str, ...], backend: str = "auto"
+    ):
+        super().__init__()
+        from esper.tamiyo.encoders import pyg
+
+        self.shape, self.backend = Shape(schema, tuple(hidden), heads, read), backend
+        shape = self.shape
+        plain = pyg.PyGEncoder(shape)  # draws what PyG draws
+        self.inputs, self.skips, self.layers = plain.inputs, plain.skips, nn.ModuleList()
+        for depth, (width, out) in enumerate(shape.widths):
+            count = len(shape.relations(depth))
+            if shape.attends(depth):
+                self.layers.append(GatLayer(count, width, out, heads, shape.attributes))
+            else:
+                self.layers.append(SageLayer(count, width, out))
+        with torch.no_grad():
+            for name, view in pyg.parameters(self).items():
+                view.copy_(plain.get_parameter(name))
+
+    def stages(self) -> Iterator[tuple[Any, Any]]:
+        """The parameters of each layer, a SageLayer or GatLayer, with its skips by node type."""
+        return zip(self.layers, self.skips, strict=True)
 
     def forward(self, graph: GraphBatch) -> dict[str, Tensor]:
         """Embeddings [B, n, hidden[-1]] of the node types in `read`; those of padded nodes mean nothing."""
-        x, index, attr = graph.flatten()
-        x = {node: self.inputs[node](value) for node, value in x.items()}
-        for depth, (layer, skip) in enumerate(zip(self.layers, self.skips, strict=True)):
-            out = layer(x, index) if depth < SAGE_LAYERS else layer(x, index, edge_attr_dict=attr)
-            x = {node: skip.get_submodule(node)(x[node]) + F.gelu(value) for node, value in out.items()}
-        return {node: x[node].view(*graph.x[node].shape[:2], x[node].shape[-1]) for node in self.read}
+        return encoders.forward(self, graph)
+
+    def dense(self, layout: Layout) -> Callable[..., dict[str, Tensor]]:
+        """The dense backend for graphs of one layout as a function of what `dense.arranged` gives, to be compiled."""
+        from esper.tamiyo.encoders import dense
+
+        def function(x: Tensor, attr: Tensor, mask: Tensor) -> dict[str, Tensor]:
+            return dense.encode(self, layout, x, attr, mask)
+
+        return function
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

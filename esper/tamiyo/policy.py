@@ -13,6 +13,7 @@ from esper.growth.actions import RAMPS
 from esper.runtime.errors import ConfigError
 from esper.tamiyo.distribution import MaskedCategorical
 from esper.tamiyo.encoder import Encoder, masked_mean, orthogonal_
+from esper.tamiyo.encoders import BACKENDS
 
 _POLICY_GAIN = 0.01  # near-uniform over the legal actions before training
 _VALUE_GAIN = 1.0
@@ -25,6 +26,7 @@ class PolicyConfig:
     name: str = "tamiyo_small"
     hidden: list[int] = field(default_factory=lambda: [64, 64, 64, 64])  # SAGE, SAGE, GAT, GAT
     heads: int = 4  # of the GAT layers
+    backend: str = "auto"  # of the encoder: pyg, segment, dense, or auto
 
     def validate(self) -> None:
         """Checks the values.
@@ -34,6 +36,9 @@ class PolicyConfig:
         """
         if len(self.hidden) != 4 or min(self.hidden) < 1:
             raise ConfigError(f"policy.hidden={self.hidden}: give four widths above 0 (SAGE, SAGE, GAT, GAT)")
+        if self.backend not in ("auto", *BACKENDS):
+            known = ", ".join(("auto", *BACKENDS))
+            raise ConfigError(f"policy.backend={self.backend}: no such backend; choose one of {known}")
         if self.heads < 1 or any(width % self.heads for width in self.hidden[2:]):
             raise ConfigError(f"policy.heads={self.heads}: must divide the last two of policy.hidden={self.hidden}")
 
@@ -49,7 +54,7 @@ class Tamiyo(nn.Module):
     def __init__(self, config: PolicyConfig, schema: GraphSchema = SCHEMA):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(schema, config.hidden, config.heads, read=("global", "slot", "blueprint"))
+        self.encoder = Encoder(schema, config.hidden, config.heads, ("global", "slot", "blueprint"), config.backend)
         width = config.hidden[-1]
         self.from_global = orthogonal_(nn.Linear(width, width))
         self.from_slot = orthogonal_(nn.Linear(width, width))

@@ -119,7 +119,7 @@ def test_the_target_kl_ends_an_update_after_a_pass(
 
 
 def test_the_target_kl_is_compared_with_the_mean_of_the_last_pass(make_learner: Learners, collected: Collected) -> None:
-    settings = {"lr": 0.003, "minibatches": 3}
+    settings = {"lr": 0.001, "minibatches": 3}
     free = make_learner(**settings, epochs=3)
     seen = recorded(free)
     free.update(collected(), 0.0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from esper.graph import GraphBatch
 from esper.graph.schema import GraphSchema
 from esper.tamiyo.encoder import Encoder, masked_mean, orthogonal_
+from esper.tamiyo.encoders.pyg import PyGEncoder, parameters
 
 NODES = {"global": ("u", "v"), "slot": ("p", "q", "r"), "layer": ("w",)}
 RELATIONS = {
@@ -28,9 +29,16 @@ HIDDEN, HEADS = [4, 6, 8, 8], 2
 READ = ("global", "slot")
 
 
-@pytest.fixture
-def encoder(randomise: Callable[..., Any]) -> Encoder:
-    return randomise(Encoder(SMALL, HIDDEN, HEADS, READ), scale=0.6)
+@pytest.fixture(params=["pyg", "dense", "segment", "auto"])
+def encoder(request: pytest.FixtureRequest, randomise: Callable[..., Any]) -> Encoder:
+    return randomise(Encoder(SMALL, HIDDEN, HEADS, READ, request.param), scale=0.6)
+
+
+def as_pyg(encoder: Encoder) -> PyGEncoder:
+    """Plain PyG modules with copies of the encoder's parameters."""
+    plain = PyGEncoder(encoder.shape)
+    plain.load_state_dict({name: value.detach().clone() for name, value in parameters(encoder).items()})
+    return plain
 
 
 @pytest.fixture
@@ -90,7 +98,7 @@ def layer_reference(encoder: Encoder, depth: int, h: dict[str, Tensor], graph: G
     for relation in RELATIONS:
         if depth == 3 and relation[2] not in READ:
             continue
-        conv = encoder.layers[depth].convs[relation]
+        conv = as_pyg(encoder).layers[depth].convs[relation]
         out.setdefault(relation[2], []).append(kind(conv, h, graph, b, relation))
     return {node: sum(values) / len(values) for node, values in out.items()}
 
@@ -129,7 +137,7 @@ def random_embeddings(graph: GraphBatch, width: int) -> dict[str, Tensor]:
 def test_a_sage_layer_is_the_loop_over_edges(encoder: Encoder, graph: GraphBatch, depth: int) -> None:
     h = random_embeddings(graph, ([HIDDEN[0], *HIDDEN])[depth])
     _, index, _ = graph.flatten()
-    out = encoder.layers[depth]({node: value.flatten(0, 1) for node, value in h.items()}, index)
+    out = as_pyg(encoder).layers[depth]({node: value.flatten(0, 1) for node, value in h.items()}, index)
     for b in range(3):
         expected = layer_reference(encoder, depth, {node: value[b] for node, value in h.items()}, graph, b)
         for node, size in SIZES.items():
@@ -141,7 +149,7 @@ def test_a_sage_layer_is_the_loop_over_edges(encoder: Encoder, graph: GraphBatch
 def test_a_gat_layer_is_the_loop_over_edges(encoder: Encoder, graph: GraphBatch, depth: int) -> None:
     h = random_embeddings(graph, HIDDEN[depth - 1])
     _, index, attr = graph.flatten()
-    out = encoder.layers[depth]({n: value.flatten(0, 1) for n, value in h.items()}, index, edge_attr_dict=attr)
+    out = as_pyg(encoder).layers[depth]({n: value.flatten(0, 1) for n, value in h.items()}, index, edge_attr_dict=attr)
     assert out.keys() == ({*NODES} if depth == 2 else {*READ})
     for b in range(3):
         expected = layer_reference(encoder, depth, {node: value[b] for node, value in h.items()}, graph, b)

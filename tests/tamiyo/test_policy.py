@@ -1,18 +1,20 @@
 """Tamiyo on real hosts: its symmetries, the numbering of its logits, its start, and where its gradient goes."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.graph import GraphBatch
 from esper.graph.schema import SCHEMA
 from esper.growth.actions import RAMPS, WAIT, ActionLayout, Verb
 from esper.runtime.errors import ConfigError
 from esper.tamiyo.encoder import masked_mean
+from esper.tamiyo.encoders.pyg import parameters
 from esper.tamiyo.policy import PolicyConfig, Tamiyo
 
 Observe = Callable[..., GraphBatch]
@@ -273,7 +275,17 @@ def gradients(policy: Tamiyo, graph: GraphBatch) -> dict[str, Tensor | None]:
     logits, values = policy(graph)
     loss = (logits * torch.randn(logits.shape, generator=generator)).sum()
     (loss + (values * torch.randn(values.shape, generator=generator)).sum()).backward()
-    return {name: parameter.grad for name, parameter in policy.named_parameters()}
+    return per_relation(policy, lambda parameter: parameter.grad)
+
+
+def per_relation(policy: Tamiyo, value: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor | None]:
+    """A value of every parameter, where relations share one under the names of PyG for each of them."""
+    shadow = copy.deepcopy(policy)
+    for own, other in zip(shadow.parameters(), policy.parameters(), strict=True):
+        found = value(other)
+        own.data = torch.zeros_like(other) if found is None else found
+    heads = {name: parameter.data for name, parameter in shadow.named_parameters() if not name.startswith("encoder.")}
+    return heads | {f"encoder.{name}": view.detach() for name, view in parameters(shadow.encoder).items()}
 
 
 def test_every_parameter_has_a_gradient(small_policy: Policies, random_graph: Callable[..., GraphBatch]) -> None:

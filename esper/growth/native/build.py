@@ -30,7 +30,12 @@ class BuildError(Exception):
 def library() -> ctypes.CDLL | str:
     """The compiled kernel, or why there is none."""
     try:
-        return ctypes.CDLL(str(_compiled()))
+        path = _compiled()
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # damaged
+            path.unlink()
+            return ctypes.CDLL(str(_compiled()))
     except (BuildError, OSError) as error:
         return str(error)
 
@@ -53,12 +58,12 @@ def _processor() -> str:
 
 def _folder() -> Path:
     """Where libraries are kept: the user's cache, or a folder of this process's own where that cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "esper"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "esper"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         pass
     return Path(tempfile.mkdtemp(prefix="esper-"))
 

@@ -73,11 +73,42 @@ def unavailable(population: PopulationState) -> str | None:
     """Why the kernel cannot run `population`, or None if it can."""
     if population.device.type != "cpu":
         return f"it runs on CPUs only, not on {population.device.type}"
-    for blueprint in population.catalogue:
+    for blueprint, fits in zip(population.catalogue, population.fits.tolist(), strict=True):
+        if not fits:
+            continue
         if not 0 < len(blueprint.program) < _REGISTERS:
             return f"blueprint {blueprint.name!r} has no program of 1 to {_REGISTERS - 1} operations"
+        if misfit := _misfit(blueprint, population.spec.site):
+            return f"blueprint {blueprint.name!r}: {misfit}"
     found = library()
     return found if isinstance(found, str) else None
+
+
+def _widths(blueprint: Blueprint, site: Site) -> list[int]:
+    """Units of every register of its program."""
+    parameters, widths = blueprint.parameters(site), [site.width]
+    for operation in blueprint.program:
+        if isinstance(operation, Linear | Convolve):
+            widths.append(parameters[operation.weight].shape[-1])
+        else:
+            widths.append(widths[_inputs(operation)[0]])
+    return widths
+
+
+def _misfit(blueprint: Blueprint, site: Site) -> str | None:
+    """Where the widths of its program do not fit together; the kernel would read beyond a register."""
+    parameters, widths = blueprint.parameters(site), _widths(blueprint, site)
+    for number, operation in enumerate(blueprint.program, 1):
+        found = [widths[i] for i in _inputs(operation)]
+        if isinstance(operation, Linear | Convolve):
+            wanted = [parameters[operation.weight].shape[-2]]
+        elif isinstance(operation, Normalise | Attend):
+            wanted = [site.width] * len(found)
+        else:
+            wanted = found[:1] * len(found)
+        if found != wanted:
+            return f"operation {number} of its program reads {found} units, not {wanted}"
+    return None if widths[-1] == site.width else f"its program ends with {widths[-1]} units, not {site.width}"
 
 
 def _address(value: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
@@ -143,9 +174,13 @@ class NativeEngine:
         table = p.seed_tables[kind]
         names = p.seed_names[kind]
         places = dict(zip(names, torch.tensor([0, *table.sizes]).cumsum(0).tolist(), strict=False))
-        units = [[width] for width in range(p.spec.width + 1)]  # of each register, for each width
+        fits = blueprint.fits(site)
+        # Of each register, for each width.
+        units = [
+            _widths(blueprint, p.spec.site_of(max(width, 1))) if fits else [1] for width in range(p.spec.width + 1)
+        ]
         operations = []
-        for operation in blueprint.program if blueprint.fits(site) else ():
+        for operation in blueprint.program if fits else ():
             inputs = _inputs(operation)
             fields = {"weight": -1, "bias": -1, "row": 0, "tap": 0, "table": 0}
             match operation:
@@ -169,12 +204,6 @@ class NativeEngine:
             if isinstance(operation, Linear | Convolve):
                 *_, rows, columns = table.specs[names.index(operation.weight)].shape
                 fields.update(row=columns, tap=rows * columns)
-            for width in range(len(units)):
-                if isinstance(operation, Linear | Convolve):
-                    shape = blueprint.parameters(p.spec.site_of(max(width, 1)))[operation.weight].shape
-                    units[width].append(shape[-1])
-                else:
-                    units[width].append(units[width][inputs[0]])
             operations.append(_Operation(code, *inputs, *[0] * (3 - len(inputs)), *fields.values()))
         listed = (_Operation * len(operations))(*operations)
         per_register = torch.tensor(units).T.contiguous()

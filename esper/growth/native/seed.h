@@ -150,7 +150,7 @@ struct Seed {
   bool isolated;
   float *theta, *average, *square, *gradient;
   Row* registers[REGISTERS];
-  Row *share, *scale;  // of an attention, and of a normalisation for each token
+  Row* kept[REGISTERS];  // shares of an attention, or scales of a normalisation for each token
 
   Seed(const Room& room, const Blueprint* blueprint, int64_t width, int64_t at, float alpha, bool isolated,
        Arena& arena)
@@ -161,8 +161,8 @@ struct Seed {
     gradient = arena.floats(blueprint->size);
     for (int64_t r = 1; r <= blueprint->operations; ++r) {
       registers[r] = arena.take(room.tokens * units(r));
-      if (blueprint->operation[r - 1].code == ATTEND) share = arena.take(room.tokens * room.tokens);
-      if (blueprint->operation[r - 1].code == NORMALISE) scale = arena.take(room.tokens);
+      if (blueprint->operation[r - 1].code == ATTEND) kept[r] = arena.take(room.tokens * room.tokens);
+      if (blueprint->operation[r - 1].code == NORMALISE) kept[r] = arena.take(room.tokens);
     }
   }
 
@@ -191,10 +191,10 @@ struct Seed {
             for (int c = 0; c < CHUNKS; ++c) y[k].part[c] = in[0][k].part[c] * sigmoid(in[1][k].part[c]);
           break;
         case NORMALISE:
-          normalise(op, in[0], y);
+          normalise(op, in[0], y, kept[i + 1]);
           break;
         case ATTEND:
-          attention(op).forward(in[0], in[1], in[2], y);
+          attention(op, kept[i + 1]).forward(in[0], in[1], in[2], y);
           break;
       }
     }
@@ -239,10 +239,10 @@ struct Seed {
             }
           break;
         case NORMALISE:
-          unwind_normalise(op, in[0], gy, gx[0], room.products);
+          unwind_normalise(op, in[0], gy, gx[0], room.products, kept[i + 1]);
           break;
         case ATTEND:
-          attention(op).backward(in[0], in[1], in[2], gy, gx[0], gx[1], gx[2], room.spare);
+          attention(op, kept[i + 1]).backward(in[0], in[1], in[2], gy, gx[0], gx[1], gx[2], room.spare);
           break;
       }
     }
@@ -262,13 +262,13 @@ struct Seed {
             room.tables + op.table};
   }
 
-  Attention attention(const Operation& op) const {
+  Attention attention(const Operation& op, Row* share) const {
     return {theta + op.weight, gradient + op.weight, 1.0f / std::sqrt(float(width)), width, room.tokens,
             room.causal, share};
   }
 
   // gain * normalised(x) + bias - x over the units of each token.
-  void normalise(const Operation& op, const Row* x, Row* y) {
+  void normalise(const Operation& op, const Row* x, Row* y, Row* scale) {
     const float *gain = theta + op.weight, *bias = theta + op.bias;
     for (int64_t t = 0; t < room.tokens; ++t, x += width, y += width)
       for (int c = 0; c < CHUNKS; ++c) {
@@ -283,7 +283,7 @@ struct Seed {
       }
   }
 
-  void unwind_normalise(const Operation& op, const Row* x, const Row* gy, Row* gx, Row* spare) {
+  void unwind_normalise(const Operation& op, const Row* x, const Row* gy, Row* gx, Row* spare, const Row* scale) {
     const float* gain = theta + op.weight;
     for (int64_t t = 0; t < room.tokens; ++t)
       for (int c = 0; c < CHUNKS; ++c) {
