@@ -17,10 +17,11 @@ import torch
 from esper.growth.blueprints import Blueprint, ParameterSpec, registry
 from esper.growth.blueprints.operations import Attend, Convolve, Gate, Linear, Normalise, Relu
 from esper.growth.lifecycle import Stage
-from esper.growth.native import build, engine
+from esper.growth.native import engine
 from esper.growth.population import Population, _warn_once
 from esper.growth.state import PopulationState
 from esper.growth.statistics import Statistics
+from esper.runtime import native as build
 from esper.runtime.errors import ConfigError
 
 from .conftest import Stacked, Toy
@@ -529,6 +530,8 @@ def test_the_kernel_is_given_nothing_that_it_would_read_wrongly():
 
 # ---- compiling ----------------------------------------------------------------------------------------------------
 
+FOLDER = engine.KERNEL_FOLDER
+
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
@@ -543,7 +546,7 @@ def kept(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def compiled():
     """The library of the present sources."""
-    found = build.library()
+    found = build.library(FOLDER)
     assert isinstance(found, ctypes.CDLL), found
     return found._name
 
@@ -569,7 +572,7 @@ def copier(compiled, compiler, tmp_path):
 
 
 def test_the_sources_are_compiled_from_scratch(kept):
-    found = build.library()
+    found = build.library(FOLDER)
     assert isinstance(found, ctypes.CDLL), found
     assert found.esper_train
     assert found.esper_evaluate
@@ -581,32 +584,32 @@ def test_a_library_is_compiled_once(kept, copier):
     names = []
     for _ in range(3):
         build.library.cache_clear()
-        names.append(build.library()._name)
+        names.append(build.library(FOLDER)._name)
         assert len(copier()) == 1
     assert [Path(name) for name in names] == [*kept.iterdir()] * 3
 
 
 def test_a_library_is_that_of_its_sources_flags_compiler_and_processor(kept, copier, compiler, tmp_path, monkeypatch):
-    here = tmp_path / "native"
-    shutil.copytree(Path(build.__file__).parent, here)
-    first = build._compiled()
-    monkeypatch.setattr(build, "__file__", str(here / "build.py"))
-    assert build._compiled() == first  # wherever they lie
+    shutil.copytree(FOLDER, here := tmp_path / "growth" / "native")
+    shutil.copytree(build.SHARED, shared := tmp_path / "shared")
+    first = build._compiled(FOLDER)
+    monkeypatch.setattr(build, "SHARED", shared)
+    assert build._compiled(here) == first  # wherever they lie
     assert len(copier()) == 1
     found = [first]
-    assert set(build._SOURCES) == {path.name for path in here.iterdir() if path.suffix in (".cpp", ".h")}
-    for name in build._SOURCES:
-        with (here / name).open("a") as file:
+    assert {path.name for path in build._sources(here)} == {"kernel.cpp", "host.h", "seed.h", "tile.h"}
+    for path in build._sources(here):
+        with path.open("a") as file:
             file.write("// changed\n")
-        found.append(build._compiled())
+        found.append(build._compiled(here))
     monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-g"))
-    found.append(build._compiled())
+    found.append(build._compiled(here))
     monkeypatch.setattr(build, "_processor", lambda: "another")
-    found.append(build._compiled())
+    found.append(build._compiled(here))
     assert len(copier()) == len(set(found)) == 7
     shutil.copy(os.environ["CXX"], tmp_path / "other")
     monkeypatch.setenv("CXX", str(tmp_path / "other"))
-    found.append(build._compiled())
+    found.append(build._compiled(here))
     assert len(set(found)) == 8
     assert sorted(kept.iterdir()) == sorted(found)
 
@@ -658,7 +661,7 @@ def test_a_cache_that_cannot_be_written_is_replaced(kept, copier, tmp_path, monk
         (tmp_path / "cache").write_text("")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    found = build.library()
+    found = build.library(FOLDER)
     assert isinstance(found, ctypes.CDLL), found
     assert Path(found._name).parent.parent == tmp_path / "temporary"
     assert not kept.exists() or not any(kept.iterdir())
@@ -674,10 +677,10 @@ def test_two_processes_may_compile_at_once(kept, copier, compiler, compiled, tmp
         "spec = importlib.util.spec_from_file_location('build', sys.argv[1])\n"
         "module = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
-        "print(module.library()._name)\n"
+        "print(module.library(module.Path(sys.argv[2]))._name)\n"
     )
     started = [
-        subprocess.Popen([sys.executable, "-c", code, build.__file__], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", code, build.__file__, str(FOLDER)], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
     said = [process.communicate(timeout=60)[0].strip() for process in started]

@@ -29,7 +29,7 @@ HIDDEN, HEADS = [4, 6, 8, 8], 2
 READ = ("global", "slot")
 
 
-@pytest.fixture(params=["pyg", "dense", "segment", "auto"])
+@pytest.fixture(params=["pyg", "dense", "segment", "native"])
 def encoder(request: pytest.FixtureRequest, randomise: Callable[..., Any]) -> Encoder:
     return randomise(Encoder(SMALL, HIDDEN, HEADS, READ, request.param), scale=0.6)
 

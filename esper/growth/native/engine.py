@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,14 +18,15 @@ from esper.growth.convolution import Convolution, convolution
 from esper.growth.epoch import Trained, learning_rates
 from esper.growth.host import KERNEL
 from esper.growth.lifecycle import Stage, is_live
-from esper.growth.native.build import library
 from esper.growth.statistics import ACTIVATION_STATISTICS, SAMPLES
+from esper.runtime.native import library
 
 if TYPE_CHECKING:
     from esper.growth.state import PopulationState
 
 _INT = ctypes.c_int64
 _REGISTERS = 16
+KERNEL_FOLDER = Path(__file__).parent
 
 
 def _fields(**groups: str) -> list[tuple[str, Any]]:
@@ -80,7 +82,7 @@ def unavailable(population: PopulationState) -> str | None:
             return f"blueprint {blueprint.name!r} has no program of 1 to {_REGISTERS - 1} operations"
         if misfit := _misfit(blueprint, population.spec.site):
             return f"blueprint {blueprint.name!r}: {misfit}"
-    found = library()
+    found = library(KERNEL_FOLDER)
     return found if isinstance(found, str) else None
 
 
@@ -158,7 +160,7 @@ class NativeEngine:
 
     def __init__(self, population: PopulationState):
         self._population = p = population
-        found = library()
+        found = library(KERNEL_FOLDER)
         assert not isinstance(found, str), found
         self._train, self._evaluate = found.esper_train, found.esper_evaluate
         host = p.spec

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("pyg", "segment", "dense")
+BACKENDS = ("pyg", "segment", "dense", "native")
 Forward = Callable[["Encoder", GraphBatch], dict[str, Tensor]]
 
 

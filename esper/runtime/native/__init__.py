@@ -1,4 +1,7 @@
-"""Compiles the kernel at first use and remembers the library by what it was made of."""
+"""Compiles kernels in C++ at their first use and remembers each library by what it was made of.
+
+A kernel is a folder with a `kernel.cpp` and headers; `tile.h` beside this file is there for all of them.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-_SOURCES = ("kernel.cpp", "host.h", "seed.h", "tile.h")
-# No -ffast-math: a host that diverges must stay NaN, and linking with it changes how the whole process rounds.
+SHARED = Path(__file__).parent
+
+# No -ffast-math: what is NaN must stay NaN, and linking with it changes how the whole process rounds.
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fPIC", "-shared",
 )  # fmt: skip
@@ -27,15 +31,15 @@ class BuildError(Exception):
 
 
 @cache
-def library() -> ctypes.CDLL | str:
-    """The compiled kernel, or why there is none."""
+def library(folder: Path) -> ctypes.CDLL | str:
+    """The compiled kernel of `folder`, or why there is none."""
     try:
-        path = _compiled()
+        path = _compiled(folder)
         try:
             return ctypes.CDLL(str(path))
         except OSError:  # damaged
             path.unlink()
-            return ctypes.CDLL(str(_compiled()))
+            return ctypes.CDLL(str(_compiled(folder)))
     except (BuildError, OSError) as error:
         return str(error)
 
@@ -68,18 +72,24 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="esper-"))
 
 
-def _compiled() -> Path:
-    here, compiler = Path(__file__).parent, _compiler()
-    parts = [(here / name).read_bytes() for name in _SOURCES]
+def _sources(folder: Path) -> list[Path]:
+    return sorted(path for place in (folder, SHARED) for path in place.iterdir() if path.suffix in (".cpp", ".h"))
+
+
+def _compiled(folder: Path) -> Path:
+    compiler = _compiler()
+    parts = [path.read_bytes() for path in _sources(folder)]
     identity = b"\0".join([*parts, " ".join(_FLAGS).encode(), compiler.encode(), _processor().encode()])
-    target = _folder() / f"growth-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    target = _folder() / f"{folder.parent.name}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     if target.exists():
         return target
-    log.info("compiling the growth engine (a few seconds, once)")
+    log.info("compiling %s (a few seconds, once)", folder)
     descriptor, name = tempfile.mkstemp(dir=target.parent, suffix=".so")
     os.close(descriptor)
     try:
-        done = subprocess.run([compiler, *_FLAGS, str(here / _SOURCES[0]), "-o", name], capture_output=True, text=True)
+        done = subprocess.run(
+            [compiler, *_FLAGS, f"-I{SHARED}", str(folder / "kernel.cpp"), "-o", name], capture_output=True, text=True
+        )
         if done.returncode:
             raise BuildError(f"{compiler} fails: {done.stderr.strip().splitlines()[:1] or done.returncode}")
         os.replace(name, target)  # whole or not at all, also where several processes compile at once

@@ -1,0 +1,244 @@
+"""The encoder for CPUs in C++: one tile of 32 graphs after the other, each in a core's cache, compiled at first use.
+
+Arithmetic runs over the graphs of a tile, so that few nodes, few heads and narrow layers still fill whole vectors, and
+edges that no graph of a tile has cost nothing. Nothing is kept between the forward and the backward pass but the
+inputs: the backward pass runs a tile forward again while it is in the cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from esper.graph import GraphBatch, Layout
+from esper.runtime.native import library
+
+if TYPE_CHECKING:
+    from esper.tamiyo.encoder import Encoder, Shape
+
+_TILE = 32
+
+
+def _fields(**groups: str) -> list[tuple[str, Any]]:
+    kinds = {"integers": ctypes.c_int64, "pointers": ctypes.c_void_p}
+    return [(name, kinds[kind.rstrip("_")]) for kind, names in groups.items() for name in names.split()]
+
+
+class _Parameter(ctypes.Structure):
+    _fields_ = _fields(pointers="value gradient")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *_fields(integers="in_ out attends", pointers="rows computed"),
+        *((name, _Parameter) for name in ("weight", "root", "bias", "by", "to", "along")),
+        *_fields(pointers="skip_weight skip_bias"),
+    ]
+
+
+class _Graphs(ctypes.Structure):
+    _fields_ = _fields(
+        integers="types relations layers heads nodes features cells attributes batch",
+        pointers="type relation layer input_weight input_bias gain shift x attr mask out out_gradient",
+    )
+
+
+def unavailable() -> str | None:
+    """Why the kernel cannot run, or None if it can."""
+    found = library(Path(__file__).parent)
+    return found if isinstance(found, str) else None
+
+
+class _Plan:
+    """What does not change between batches of one layout."""
+
+    def __init__(self, shape: Shape, layout: Layout):
+        self.shape, self.layout = shape, layout
+        places = list(layout.counts)
+        self.types = torch.tensor([[layout.nodes[n].start, count, f] for n, count, f in layout.types])
+        rows = []
+        for relation, _, planes in layout.relations:
+            block = layout.blocks[relation[2]]
+            start = block.starts[block.relations.index(relation)]
+            ends = places.index(relation[0]), places.index(relation[2])
+            rows.append([*ends, start, planes, block.offset, block.columns])
+        self.relations = torch.tensor(rows)
+        self.rows, self.computed, self.means = [], [], []
+        for depth in range(len(shape.hidden)):
+            own, targets = shape.relations(depth), shape.targets(depth)
+            self.rows.append(torch.tensor([own.index(r) if r in own else -1 for r, _, _ in layout.relations]))
+            self.computed.append(torch.tensor([int(node in targets) for node in places]))
+            into = torch.tensor([[float(r[2] == node) for r in own] for node in places])
+            self.means.append(into / into.sum(1, keepdim=True).clamp(min=1))  # [types, R]
+
+
+@cache
+@torch.inference_mode(False)
+def _plan(shape: Shape, layout: Layout) -> _Plan:
+    return _Plan(shape, layout)
+
+
+def forward(encoder: Encoder, graph: GraphBatch) -> dict[str, Tensor]:
+    """See Encoder.forward."""
+    packed, shape = graph.pack(), encoder.shape
+    plan = _plan(shape, packed.layout)
+    # Autocast must not change what the kernel reads.
+    with torch.autocast(packed.x.device.type, enabled=False):
+        out = _Encode.apply(plan, packed.x, packed.attr, packed.mask, *_parameters(encoder, plan))
+    return {node: out[:, packed.layout.nodes[node]] for node in shape.read}
+
+
+def _parameters(encoder: Encoder, plan: _Plan) -> Iterator[Tensor]:
+    """What the kernel reads, in the order of `_described`: what scores is folded into the projections, and what all
+    relations into a type add to it is averaged."""
+    for node in plan.layout.counts:
+        linear, _, norm = encoder.inputs[node]
+        yield from (linear.weight, linear.bias, norm.weight, norm.bias)
+    for depth, (layer, skips) in enumerate(encoder.stages()):
+        mean = plan.means[depth]
+        bias = mean @ layer.bias
+        if plan.shape.attends(depth):
+
+            def folded(weight: Tensor, score: Tensor) -> Tensor:
+                split = weight.unflatten(2, score.shape[1:])
+                return torch.einsum("rihc,rhc->rhi", split, score).contiguous()
+
+            yield from (layer.source, bias)
+            yield folded(layer.source, layer.att_source)
+            yield folded(layer.target, layer.att_target)
+            yield folded(layer.edge, layer.att_edge)
+        else:
+            yield from (layer.neighbour, bias)
+            yield (mean @ layer.root.flatten(1)).view(-1, *layer.root.shape[1:])
+        for node in plan.shape.targets(depth):
+            if not isinstance(skips[node], torch.nn.Identity):
+                yield from (skips[node].weight, skips[node].bias)
+
+
+def _described(plan: _Plan, parameters: list[_Parameter]) -> tuple[Any, list[Any]]:
+    """The layers and the typed inputs for the kernel, and what must live as long."""
+    shape, places = plan.shape, list(plan.layout.counts)
+    taken = iter(parameters)
+    inputs = [(_Parameter * len(places))() for _ in range(4)]
+    for number in range(len(places)):
+        for array in inputs:
+            array[number] = next(taken)
+    kept: list[Any] = [inputs]
+    layers = (_Layer * len(shape.hidden))()
+    for depth, (width, out) in enumerate(shape.widths):
+        layer, attends = layers[depth], shape.attends(depth)
+        layer.in_, layer.out, layer.attends = width, out, attends
+        layer.rows, layer.computed = plan.rows[depth].data_ptr(), plan.computed[depth].data_ptr()
+        for name in ("weight", "bias", *(("by", "to", "along") if attends else ("root",))):
+            setattr(layer, name, next(taken))
+        skips = [(_Parameter * len(places))() for _ in range(2)]
+        for node in shape.targets(depth):
+            if width != out:
+                for array in skips:
+                    array[places.index(node)] = next(taken)
+        kept.append(skips)
+        layer.skip_weight, layer.skip_bias = (ctypes.addressof(array) for array in skips)
+    return (layers, inputs), kept
+
+
+def _graphs(
+    plan: _Plan,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    parameters: tuple[Tensor, ...],
+    gradients: list[Tensor] | None,
+    out: Tensor | None = None,
+    out_gradient: Tensor | None = None,
+) -> tuple[_Graphs, list[Any]]:
+    found = [None] * len(parameters) if gradients is None else [g.data_ptr() for g in gradients]
+    pairs = [_Parameter(p.data_ptr(), g) for p, g in zip(parameters, found, strict=True)]
+    (layers, inputs), kept = _described(plan, pairs)
+    layout, (x, attr, mask) = plan.layout, tensors
+    structure = _Graphs(
+        len(layout.types),
+        len(layout.relations),
+        len(layers),
+        plan.shape.heads,
+        layout.size,
+        layout.features,
+        layout.cells,
+        layout.attributes,
+        len(x),
+        plan.types.data_ptr(),
+        plan.relations.data_ptr(),
+        ctypes.addressof(layers),
+        *(ctypes.addressof(array) for array in inputs),
+        *(value.data_ptr() for value in (x, attr, mask)),
+        None if out is None else out.data_ptr(),
+        None if out_gradient is None else out_gradient.data_ptr(),
+    )
+    return structure, [kept, layers]
+
+
+def _parts(batch: int) -> list[tuple[int, int]]:
+    """Ranges of graphs, whole tiles each, for as many threads as torch would use."""
+    tiles = -(-batch // _TILE)
+    threads = max(min(torch.get_num_threads(), tiles), 1)
+    edges = [min(tiles * i // threads * _TILE, batch) for i in range(threads + 1)]
+    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, x: Tensor, attr: Tensor, mask: Tensor, *parameters: Tensor) -> Tensor:
+        tensors = x.contiguous(), attr.contiguous(), mask.contiguous()
+        parameters = tuple(parameter.contiguous() for parameter in parameters)
+        ctx.plan = plan
+        ctx.save_for_backward(*tensors, *parameters)
+        out = x.new_zeros(len(x), plan.layout.size, plan.shape.hidden[-1])
+        graphs, kept = _graphs(plan, tensors, parameters, None, out=out)
+        _run("esper_encode", [(graphs, part) for part in _parts(len(x))])
+        del kept
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        plan, saved = ctx.plan, ctx.saved_tensors
+        tensors, parameters = saved[:3], saved[3:]
+        back = gradients[0].contiguous()
+        parts = _parts(len(back))
+        sizes = [parameter.numel() for parameter in parameters]
+        # Each thread adds to a copy of its own.
+        flat = back.new_zeros(max(len(parts), 1), sum(sizes))
+        work, alive = [], []
+        for own, part in zip(flat, parts, strict=False):
+            pieces = list(own.split(sizes))
+            graphs, kept = _graphs(plan, tensors, parameters, pieces, out_gradient=back)
+            work.append((graphs, part))
+            alive.append(kept)
+        _run("esper_encode_backward", work)
+        whole = flat[0] if len(flat) == 1 else flat.sum(0)
+        found = [piece.view_as(p) for piece, p in zip(whole.split(sizes), parameters, strict=True)]
+        return None, None, None, None, *found
+
+
+def _run(name: str, work: list[tuple[_Graphs, tuple[int, int]]]) -> None:
+    found = library(Path(__file__).parent)
+    assert not isinstance(found, str), found
+    function = getattr(found, name)
+
+    def one(job: tuple[_Graphs, tuple[int, int]]) -> None:
+        graphs, (first, last) = job
+        function(ctypes.byref(graphs), ctypes.c_int64(first), ctypes.c_int64(last))
+
+    if len(work) > 1:
+        list(_pool(len(work)).map(one, work))
+    else:
+        for job in work:
+            one(job)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="esper-encoder")
