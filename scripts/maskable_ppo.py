@@ -4,7 +4,7 @@
     python scripts/maskable_ppo.py [--id esper/Digits-v0] [--steps 20000] [--envs 4]
 
 It reads the padded Dict observation and the action mask and nothing of Esper's own. Each environment is one host, so
-this is much slower than the trainer, which trains all hosts as one batched program: about 20 minutes.
+this is slower than the trainer, which steps all hosts at once: about 3 minutes.
 """
 
 from __future__ import annotations

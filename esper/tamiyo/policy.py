@@ -26,7 +26,7 @@ class PolicyConfig:
     name: str = "tamiyo_small"
     hidden: list[int] = field(default_factory=lambda: [64, 64, 64, 64])  # SAGE, SAGE, GAT, GAT
     heads: int = 4  # of the GAT layers
-    backend: str = "auto"  # of the encoder: pyg, segment, dense, or auto
+    backend: str = "auto"  # of the encoder: one of `encoders.BACKENDS`, or auto
 
     def validate(self) -> None:
         """Checks the values.

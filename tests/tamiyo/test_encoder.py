@@ -1,5 +1,6 @@
 """The encoder against slow loops over edges, and the symmetries that its output must have."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esper.graph import GraphBatch
+from esper.graph import Edges, GraphBatch
 from esper.graph.schema import GraphSchema
+from esper.runtime.errors import ConfigError
+from esper.tamiyo import encoders
 from esper.tamiyo.encoder import Encoder, masked_mean, orthogonal_
+from esper.tamiyo.encoders import native
 from esper.tamiyo.encoders.pyg import PyGEncoder, parameters
 
 NODES = {"global": ("u", "v"), "slot": ("p", "q", "r"), "layer": ("w",)}
@@ -244,3 +248,96 @@ def test_masked_mean_by_hand() -> None:
     mask = torch.tensor([[True, True, False], [False, False, False]])
     # (1 + 3) / 2 and (2 + 6) / 2; no node at all gives 0
     assert masked_mean(x, mask).tolist() == [[2.0, 4.0], [0.0, 0.0]]
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------------
+
+
+def test_auto_chooses_by_device_and_size_and_says_so_once(
+    randomise: Callable[..., Any], random_graph: Callable[..., GraphBatch], caplog: pytest.LogCaptureFixture
+) -> None:
+    encoders.chosen.cache_clear()
+    encoder = randomise(Encoder(SMALL, HIDDEN, HEADS, READ), scale=0.6)
+    graph = random_graph(3, SIZES, 0.4, schema=SMALL)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            out = encoder(graph)
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == ["encoder backend native"]
+    torch.testing.assert_close(out["slot"], encoders.backend("pyg")(encoder, graph)["slot"], atol=1e-5, rtol=1e-5)
+    relations = tuple(RELATIONS)
+    assert encoders.chosen("cuda", tuple(SIZES.items()), relations) == "dense"
+    assert encoders.chosen("cpu", (("global", 1), ("slot", 200), ("layer", 3)), relations) == "segment"
+
+
+def test_an_unknown_or_unavailable_backend_is_refused(
+    random_graph: Callable[..., GraphBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = random_graph(1, SIZES, schema=SMALL)
+    with pytest.raises(ConfigError, match=r"policy\.backend=nonsense: .* auto, pyg, segment, dense, native"):
+        Encoder(SMALL, HIDDEN, HEADS, READ, "nonsense")(graph)
+    monkeypatch.setattr(native, "library", lambda folder: "no compiler")
+    with pytest.raises(ConfigError, match=r"policy\.backend=native: no compiler; use auto"):
+        Encoder(SMALL, HIDDEN, HEADS, READ, "native")(graph)
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["dense", "segment", "native"])
+@pytest.mark.parametrize("batch", [1, 5, 40])
+def test_gradients_are_those_of_pyg(
+    randomise: Callable[..., Any], random_graph: Callable[..., GraphBatch], backend: str, batch: int
+) -> None:
+    graph, found = random_graph(batch, SIZES, 0.5, seed=batch, schema=SMALL), {}
+    for name in ("pyg", backend):
+        encoder = randomise(Encoder(SMALL, HIDDEN, HEADS, READ, name), scale=0.6)
+        generator = torch.Generator().manual_seed(1)
+        out = encoder(graph)
+        sum((out[node] * torch.randn(out[node].shape, generator=generator)).sum() for node in READ).backward()
+        found[name] = {name: p.grad for name, p in encoder.named_parameters()}
+    for name, expected in found["pyg"].items():
+        torch.testing.assert_close(
+            found[backend][name], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()), msg=name
+        )
+
+
+@pytest.mark.parametrize("backend", ["dense", "segment", "native"])
+def test_several_edges_between_a_pair(
+    randomise: Callable[..., Any], random_graph: Callable[..., GraphBatch], backend: str
+) -> None:
+    graph = random_graph(2, SIZES, 0.7, seed=2, schema=SMALL)
+    twice = {
+        r: Edges(*(torch.cat([t, t], dim=1) for t in (e.source, e.target)), torch.cat([e.attr, -e.attr], dim=1),
+                 torch.cat([e.mask, e.mask.roll(1, 1)], dim=1))
+        for r, e in graph.edges.items()
+    }  # fmt: skip
+    graph = GraphBatch(graph.x, graph.node_mask, twice, graph.action_mask)
+    assert max(graph.pack().layout.planes.values()) == 2
+    encoder = randomise(Encoder(SMALL, HIDDEN, HEADS, READ, backend), scale=0.6)
+    expected = encoders.backend("pyg")(encoder, graph)
+    for node, value in encoder(graph).items():
+        torch.testing.assert_close(value, expected[node], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_do_not_change_the_forward_pass(
+    randomise: Callable[..., Any], random_graph: Callable[..., GraphBatch], threads: int
+) -> None:
+    encoder = randomise(Encoder(SMALL, HIDDEN, HEADS, READ, "native"), scale=0.6)
+    graph, before = random_graph(100, SIZES, 0.5, schema=SMALL), torch.get_num_threads()
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        encoder.zero_grad()
+        out = encoder(graph)["slot"]
+        out.square().sum().backward()
+        return out.detach(), [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+
+    one, gradients = run()
+    torch.set_num_threads(threads)
+    try:
+        many, others = run()
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, many)
+    for a, b in zip(gradients, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))

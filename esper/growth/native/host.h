@@ -164,7 +164,7 @@ class Host {
           for (const V& part : g[i].part) squares += part * part;
         signal_[s] += sum(squares);
         int32_t same[tokens_];
-        for (int64_t t = 0; t < tokens_; ++t) same[t] = t;
+        for (int64_t t = 0; t < tokens_; ++t) same[t] = int32_t(t * width_);
         outer(growth_ + s * p.width * p.width, width_, sources_[s], width_, g, width_, same, same, tokens_);
       }
       for (int64_t i = 0; i < all; ++i)
@@ -276,7 +276,7 @@ class Host {
     const int64_t tokens = traced_tiles_ * tokens_;  // of all tiles, which follow each other
     const double rows = measured * tokens_, units = width_;
     std::vector<int32_t> same(tokens);
-    for (int64_t t = 0; t < tokens; ++t) same[t] = int32_t(t);
+    for (int64_t t = 0; t < tokens; ++t) same[t] = int32_t(t * width_);
     for (int64_t s = 0; s < p.stages; ++s, out += 5) {
       out[0] = out[1] = 1.0f;
       out[2] = out[3] = out[4] = 0.0f;

@@ -59,8 +59,8 @@ struct Layer {
       for (int64_t t = 0; t < tokens; ++t) {
         const int32_t n = table->from[t * table->taps + i];
         if (n < 0) continue;
-        from[pairs] = n;
-        to[pairs++] = t;
+        from[pairs] = int32_t(n * inputs);
+        to[pairs++] = int32_t(t * outputs);
       }
       outer(weight_gradient + i * tap, row, x, inputs, gy, outputs, from, to, pairs);
     }

@@ -23,6 +23,7 @@ SHARED = Path(__file__).parent
 # No -ffast-math: what is NaN must stay NaN, and linking with it changes how the whole process rounds.
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fPIC", "-shared",
+    "-fno-semantic-interposition",
 )  # fmt: skip
 
 

@@ -146,22 +146,25 @@ inline V larger(V a, V b) { return a > b ? a : b; }
 
 template <int OUT>
 inline void accumulate_block(Row* out, const Row* in, int64_t inputs, const float* w, int64_t by_in, int64_t by_out) {
-  Row acc[OUT];
-  for (int o = 0; o < OUT; ++o) acc[o] = out[o];
-  for (int64_t k = 0; k < inputs; ++k) {
-    const Row x = in[k];
+  V acc[OUT][CHUNKS];
+  for (int o = 0; o < OUT; ++o)
+    for (int c = 0; c < CHUNKS; ++c) acc[o][c] = out[o].part[c];
+  for (int64_t k = 0; k < inputs; ++k)
     for (int o = 0; o < OUT; ++o) {
       const float value = w[k * by_in + o * by_out];
-      for (int c = 0; c < CHUNKS; ++c) acc[o].part[c] += value * x.part[c];
+      for (int c = 0; c < CHUNKS; ++c) acc[o][c] += value * in[k].part[c];
     }
-  }
-  for (int o = 0; o < OUT; ++o) out[o] = acc[o];
+  for (int o = 0; o < OUT; ++o)
+    for (int c = 0; c < CHUNKS; ++c) out[o].part[c] = acc[o][c];
 }
 
 // out[o] += sum over k of w[k * by_in + o * by_out] * in[k]
 inline void accumulate(Row* out, int64_t outputs, const Row* in, int64_t inputs, const float* w, int64_t by_in,
                        int64_t by_out) {
   int64_t o = 0;
+#ifdef __AVX512F__  // whose registers hold the sums of eight
+  for (; o + 8 <= outputs; o += 8) accumulate_block<8>(out + o, in, inputs, w + o * by_out, by_in, by_out);
+#endif
   for (; o + 4 <= outputs; o += 4) accumulate_block<4>(out + o, in, inputs, w + o * by_out, by_in, by_out);
   const float* rest = w + o * by_out;
   if (outputs - o == 3) accumulate_block<3>(out + o, in, inputs, rest, by_in, by_out);
@@ -169,7 +172,7 @@ inline void accumulate(Row* out, int64_t outputs, const Row* in, int64_t inputs,
   if (outputs - o == 1) accumulate_block<1>(out + o, in, inputs, rest, by_in, by_out);
 }
 
-// g[k * ld + o] += sum over pairs and lanes of x[k] * dy[o], where a pair is x + from[p] * inputs, dy + to[p] * outputs.
+// g[k * ld + o] += sum over pairs and lanes of x[k] * dy[o], where a pair is x + from[p], dy + to[p].
 inline void outer(float* g, int64_t ld, const Row* x, int64_t inputs, const Row* dy, int64_t outputs,
                   const int32_t* from, const int32_t* to, int64_t pairs) {
   constexpr int BLOCK = 4;
@@ -183,8 +186,8 @@ inline void outer(float* g, int64_t ld, const Row* x, int64_t inputs, const Row*
       }
       V acc[BLOCK * BLOCK] = {};
       for (int64_t p = 0; p < pairs; ++p) {
-        const Row* a = x + from[p] * inputs;
-        const Row* b = dy + to[p] * outputs;
+        const Row* a = x + from[p];
+        const Row* b = dy + to[p];
         for (int c = 0; c < CHUNKS; ++c) {
           V right[BLOCK];
           for (int j = 0; j < BLOCK; ++j) right[j] = b[os[j]].part[c];

@@ -1,6 +1,7 @@
 """Backends of the encoder: ways to compute one function of one set of parameters.
 
-`pyg` is the reference; `dense` is for many small graphs; `segment` for large ones; `auto` chooses.
+`pyg` is the reference; `dense` is for many small graphs, `native` the same for CPUs in C++; `segment` is for large
+graphs; `auto` chooses.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from esper.graph import GraphBatch
+from esper.graph.schema import Relation
 from esper.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BACKENDS = ("pyg", "segment", "dense", "native")
+MOST_CELLS = 1 << 14
+"""Possible edges of a graph up to which `auto` pads them."""
+
 Forward = Callable[["Encoder", GraphBatch], dict[str, Tensor]]
 
 
@@ -38,11 +43,40 @@ def backend(name: str) -> Forward:
 
 
 def forward(encoder: Encoder, graph: GraphBatch) -> dict[str, Tensor]:
-    """The embeddings of `graph` by the encoder's backend."""
-    name = chosen(graph) if encoder.backend == "auto" else encoder.backend
+    """The embeddings of `graph` by the encoder's backend.
+
+    Raises:
+        ConfigError: the backend cannot run here; the message says why.
+    """
+    name = encoder.backend
+    if name == "auto":
+        counts = tuple((node, x.shape[1]) for node, x in graph.x.items())
+        name = chosen(graph.device.type, counts, tuple(graph.edges))
+    elif name == "native":
+        reason = _native_fails(graph.device.type)
+        if reason is not None:
+            raise ConfigError(f"policy.backend=native: {reason}; use auto")
     return backend(name)(encoder, graph)
 
 
-def chosen(graph: GraphBatch) -> str:
-    """What "auto" takes for graphs of these sizes: decided and logged once for each."""
-    return "dense" if graph._packed is not None else "segment"
+@cache
+def chosen(device: str, counts: tuple[tuple[str, int], ...], relations: tuple[Relation, ...]) -> str:
+    """What "auto" takes for graphs with `counts` nodes of each type; decided and logged once for each."""
+    nodes = dict(counts)
+    cells = sum(nodes[source] * nodes[target] for source, _, target in relations)
+    if cells > MOST_CELLS:
+        name, reason = "segment", f"{cells:,} possible edges"
+    elif (failure := _native_fails(device)) is None:
+        name, reason = "native", f"{cells:,} possible edges, on a CPU"
+    else:
+        name, reason = "dense", f"{cells:,} possible edges; not native: {failure}"
+    log.info("encoder backend %s (%s)", name, reason)
+    return name
+
+
+def _native_fails(device: str) -> str | None:
+    if device != "cpu":
+        return f"it runs on CPUs only, not on {device}"
+    from esper.tamiyo.encoders import native
+
+    return native.unavailable()

@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,8 @@ def _parameters(encoder: Encoder, plan: _Plan) -> Iterator[Tensor]:
     """What the kernel reads, in the order of `_described`: what scores is folded into the projections, and what all
     relations into a type add to it is averaged."""
     for node in plan.layout.counts:
-        linear, _, norm = encoder.inputs[node]
+        layers: Any = encoder.inputs[node]
+        linear, norm = layers[0], layers[2]
         yield from (linear.weight, linear.bias, norm.weight, norm.bias)
     for depth, (layer, skips) in enumerate(encoder.stages()):
         mean = plan.means[depth]
@@ -186,7 +188,7 @@ def _parts(batch: int) -> list[tuple[int, int]]:
     tiles = -(-batch // _TILE)
     threads = max(min(torch.get_num_threads(), tiles), 1)
     edges = [min(tiles * i // threads * _TILE, batch) for i in range(threads + 1)]
-    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    return [(a, b) for a, b in pairwise(edges) if a < b]
 
 
 class _Encode(torch.autograd.Function):

@@ -93,15 +93,26 @@ class Tile {
     first_ = first;
     lanes_ = int(std::min<int64_t>(LANES, g.batch - first));
     transpose(x_, g.x + first * g.nodes * g.features, nullptr, lanes_, g.nodes * g.features);
-    transpose(attr_, g.attr + first * g.cells * g.attributes, nullptr, lanes_, g.cells * g.attributes);
-    for (int64_t c = 0; c < g.cells; ++c) {
-      bool any = false;
-      for (int lane = 0; lane < LANES; ++lane) {
-        const bool there = lane < lanes_ && g.mask[(first + lane) * g.cells + c];
-        mask_[c].part[lane / WIDE][lane % WIDE] = there ? 1.0f : 0.0f;
-        any |= there;
+    std::fill(active_.begin(), active_.end(), 0);
+    for (int lane = 0; lane < lanes_; ++lane)
+      for (int64_t c = 0; c < g.cells; ++c) active_[c] |= g.mask[(first + lane) * g.cells + c];
+    // Only of edges that some graph of the tile has.
+    cells_.clear();
+    for (int64_t c = 0; c < g.cells; ++c)
+      if (active_[c]) cells_.push_back(c);
+    for (const int64_t c : cells_) {
+      fill(mask_ + c, 1, 0.0f);
+      fill(attr_ + c * g.attributes, g.attributes, 0.0f);
+    }
+    float *masks = reinterpret_cast<float*>(mask_), *attrs = reinterpret_cast<float*>(attr_);
+    for (int lane = 0; lane < lanes_; ++lane) {
+      const uint8_t* mask = g.mask + (first + lane) * g.cells;
+      const float* attr = g.attr + (first + lane) * g.cells * g.attributes;
+      for (const int64_t c : cells_) {
+        masks[c * LANES + lane] = float(mask[c]);
+        for (int64_t a = 0; a < g.attributes; ++a)
+          attrs[(c * g.attributes + a) * LANES + lane] = attr[c * g.attributes + a];
       }
-      active_[c] = any;
     }
     // Means: over the edges of each relation, then over the relations that end in a type.
     for (int64_t r = 0; r < g.relations; ++r) {
@@ -188,22 +199,26 @@ class Tile {
         if (!layer.computed[t]) continue;
         for (int64_t i = 0; i < g.type[t].count; ++i) {
           Row *back = slope(t, i, layer.out), *down = next(t, i, layer.in);
-          const Row *own = h(l, t, i), *before = pre(l, t, i);
-          if (const float* weight = layer.skip_weight[t].value) {
-            one_outer(layer.skip_weight[t].gradient, own, layer.in, back, layer.out, true);
-            total(layer.skip_bias[t].gradient, back, layer.out, 1);
+          if (const float* weight = layer.skip_weight[t].value)
             accumulate(down, layer.in, back, layer.out, weight, layer.in, 1);
-          } else {
+          else
             add(down, back, layer.in);
-          }
-          for (int64_t u = 0; u < layer.out; ++u)
-            for (int c = 0; c < CHUNKS; ++c) back[u].part[c] *= gelu_slope(before[u].part[c]);
-          total(layer.bias.gradient + t * layer.out, back, layer.out, 1);
-          if (layer.attends) continue;
-          const int64_t at = t * layer.in * layer.out;
-          one_outer(layer.root.gradient + at, own, layer.in, back, layer.out, false);
-          accumulate(down, layer.in, back, layer.out, layer.root.value + at, 1, layer.out);
         }
+        const int64_t count = g.type[t].count, at = t * layer.in * layer.out;
+        Row* back = slope(t, 0, layer.out);
+        if (layer.skip_weight[t].value) {
+          outers(layer.skip_weight[t].gradient, h(l, t, 0), layer.in, layer.in, back, layer.out, count, true);
+          total(layer.skip_bias[t].gradient, back, layer.out, count);
+        }
+        const Row* before = pre(l, t, 0);
+        for (int64_t u = 0; u < count * layer.out; ++u)
+          for (int c = 0; c < CHUNKS; ++c) back[u].part[c] *= gelu_slope(before[u].part[c]);
+        total(layer.bias.gradient + t * layer.out, back, layer.out, count);
+        if (layer.attends) continue;
+        outers(layer.root.gradient + at, h(l, t, 0), layer.in, layer.in, back, layer.out, count, false);
+        for (int64_t i = 0; i < count; ++i)
+          accumulate(next(t, i, layer.in), layer.in, slope(t, i, layer.out), layer.out, layer.root.value + at, 1,
+                     layer.out);
       }
       for (int64_t r = 0; r < g.relations; ++r) {
         if (layer.rows[r] < 0) continue;
@@ -254,6 +269,7 @@ class Tile {
     resent_ = arena.take(most * widest_);
     by_ = arena.take(most * g.heads);
     to_ = arena.take(most * g.heads);
+    along_ = arena.take(g.heads * g.attributes);
   }
 
   Row* h(int64_t l, int64_t t, int64_t i) const {
@@ -284,13 +300,19 @@ class Tile {
     return out;
   }
 
-  // gradient[in, out] += x (outer) back, or its transpose [out, in].
-  static void one_outer(float* gradient, const Row* x, int64_t in, const Row* back, int64_t out, bool transposed) {
-    const int32_t zero = 0;
+  // gradient[in, out] += x (outer) back over `count` nodes, or its transpose [out, in]; a node's x are `stride` apart.
+  void outers(float* gradient, const Row* x, int64_t in, int64_t stride, const Row* back, int64_t out, int64_t count,
+              bool transposed) {
+    from_.resize(count);
+    at_.resize(count);
+    for (int64_t i = 0; i < count; ++i) {
+      from_[i] = int32_t(i * stride);
+      at_[i] = int32_t(i * out);
+    }
     if (transposed)
-      outer(gradient, in, back, out, x, in, &zero, &zero, 1);
+      outer(gradient, in, back, out, x, in, at_.data(), from_.data(), count);
     else
-      outer(gradient, out, x, in, back, out, &zero, &zero, 1);
+      outer(gradient, out, x, in, back, out, from_.data(), at_.data(), count);
   }
 
   void transpose_one(Row* to, const float* from, int64_t stride, int64_t units) const {
@@ -354,9 +376,11 @@ class Tile {
           back[u].part[c] = scale_[node].part[c] * (back[u].part[c] - level - unit[u].part[c] * along) *
                             gelu_slope(mixed[u].part[c]);
       }
-      one_outer(g.input_weight[t].gradient, x_ + node * g.features, features, back, width, true);
-      total(g.input_bias[t].gradient, back, width, 1);
     }
+    const int64_t count = g.type[t].count, first = g.type[t].first * g.features;
+    const Row* back = slope(t, 0, width);
+    outers(g.input_weight[t].gradient, x_ + first, features, g.features, back, width, count, true);
+    total(g.input_bias[t].gradient, back, width, count);
   }
 
   // ---- GraphSAGE ----
@@ -401,31 +425,29 @@ class Tile {
       project_back(l, e, at, sent_);
       return;
     }
+    fill(sent_, targets * layer.in, 0.0f);
     for (int64_t i = 0; i < targets; ++i) {
-      const Row* back = slope(e.target, i, layer.out);
-      fill(sent_, layer.in, 0.0f);
       fill(resent_, layer.in, 0.0f);
-      each(e, i, [&](int64_t j, int64_t cell) { multiply(sent_, mean_[cell], h(l, e.source, j), layer.in); });
-      one_outer(layer.weight.gradient + at, sent_, layer.in, back, layer.out, false);
-      accumulate(resent_, layer.in, back, layer.out, layer.weight.value + at, 1, layer.out);
+      each(e, i, [&](int64_t j, int64_t cell) {
+        multiply(sent_ + i * layer.in, mean_[cell], h(l, e.source, j), layer.in);
+      });
+      accumulate(resent_, layer.in, slope(e.target, i, layer.out), layer.out, layer.weight.value + at, 1, layer.out);
       each(e, i, [&](int64_t j, int64_t cell) {
         multiply(next(e.source, j, layer.in), mean_[cell], resent_, layer.in);
       });
     }
+    outers(layer.weight.gradient + at, sent_, layer.in, layer.in, slope(e.target, 0, layer.out), layer.out, targets,
+           false);
   }
 
   // From the gradient of what all sources of a relation send.
   void project_back(int64_t l, const Relation& e, int64_t at, const Row* sent) {
     const Layer& layer = g.layer[l];
     const int64_t sources = g.type[e.source].count;
-    std::vector<int32_t> same(sources);
-    for (int64_t j = 0; j < sources; ++j) {
-      same[j] = int32_t(j);
+    for (int64_t j = 0; j < sources; ++j)
       accumulate(next(e.source, j, layer.in), layer.in, sent + j * layer.out, layer.out, layer.weight.value + at, 1,
                  layer.out);
-    }
-    outer(layer.weight.gradient + at, layer.out, h(l, e.source, 0), layer.in, sent, layer.out, same.data(),
-          same.data(), sources);
+    outers(layer.weight.gradient + at, h(l, e.source, 0), layer.in, layer.in, sent, layer.out, sources, false);
   }
 
   // ---- GAT ----
@@ -489,7 +511,7 @@ class Tile {
     fill(resent_, sources * layer.out, 0.0f);
     fill(by_, sources * g.heads, 0.0f);
     fill(to_, targets * g.heads, 0.0f);
-    float* along = layer.along.gradient + row * g.heads * g.attributes;
+    fill(along_, g.heads * g.attributes, 0.0f);
     for (int64_t i = 0; i < targets; ++i) {
       const Row* back = slope(e.target, i, layer.out);
       for (int64_t k = 0; k < g.heads; ++k) {
@@ -514,11 +536,12 @@ class Tile {
           add(by_ + j * g.heads + k, &slope, 1);
           add(to_ + i * g.heads + k, &slope, 1);
           for (int64_t a = 0; a < g.attributes; ++a)
-            along[k * g.attributes + a] += sum(inner(&slope, attr_ + cell * g.attributes + a, 1));
+            multiply(along_ + k * g.attributes + a, slope, attr_ + cell * g.attributes + a, 1);
         });
         slopes_.clear();
       }
     }
+    total(layer.along.gradient + row * g.heads * g.attributes, along_, g.heads * g.attributes, 1);
     project_back(l, e, at, resent_);
     unscore(by_, l, e.source, layer.by, row);
     unscore(to_, l, e.target, layer.to, row);
@@ -526,20 +549,21 @@ class Tile {
 
   void unscore(const Row* back, int64_t l, int64_t t, const Parameter& weight, int64_t row) {
     const int64_t in = g.layer[l].in, at = row * g.heads * in;
-    for (int64_t i = 0; i < g.type[t].count; ++i) {
-      one_outer(weight.gradient + at, h(l, t, i), in, back + i * g.heads, g.heads, true);
+    for (int64_t i = 0; i < g.type[t].count; ++i)
       accumulate(next(t, i, in), in, back + i * g.heads, g.heads, weight.value + at, in, 1);
-    }
+    outers(weight.gradient + at, h(l, t, 0), in, in, back, g.heads, g.type[t].count, true);
   }
 
   const Graphs& g;
   int64_t first_ = 0, widest_ = 0;
   int lanes_ = 0;
   std::vector<int64_t> ends_;
-  std::vector<char> active_;
+  std::vector<uint8_t> active_;
+  std::vector<int64_t> cells_;
   std::vector<Row*> embeddings_, pre_, share_, score_;
   std::vector<Row> slopes_;
-  Row *x_, *attr_, *mask_, *mean_, *mixed_, *scale_, *slope_, *next_, *sent_, *resent_, *by_, *to_;
+  std::vector<int32_t> from_, at_;  // of pairs
+  Row *x_, *attr_, *mask_, *mean_, *mixed_, *scale_, *slope_, *next_, *sent_, *resent_, *by_, *to_, *along_;
 };
 
 }  // namespace esper
