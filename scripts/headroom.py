@@ -52,6 +52,7 @@ FIRST, EVERY = 3, 3  # decision epochs of the look-aheads and of the labels
 LABELS = 4  # germinations tried at each decision of a random episode
 FUTURES = 4  # drawn futures that the non-greedy look-ahead averages over
 FINALISTS = 5  # germinations it looks at again
+MODES = ("greedy", "planned", "clairvoyant")  # of look-aheads
 CHUNK = {"labels": 128, "oracle": 32, "lookahead": 32}
 
 BLOCKS = ("bypass", "norm", "widen", "conv")  # where the environment has them
@@ -78,6 +79,7 @@ class Sizes:
     play: int
     tuning: int
     tune_margins: bool
+    modes: list[str]
 
 
 # ---- what a worker does ---------------------------------------------------------------------------------------------
@@ -298,6 +300,7 @@ def main() -> None:
     parser.add_argument("--play", type=int, default=256, help="instances for the other controllers (default 256)")
     parser.add_argument("--tuning", type=int, default=128, help="instances to tune knobs on (default 128)")
     parser.add_argument("--tune-margins", action="store_true", help="tune the look-aheads' margins too")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="look-aheads to play (all)")
     parser.add_argument("--workers", type=int, default=2, help="processes, each of one thread (default 2)")
     arguments = parser.parse_args()
     for name in arguments.instances:

@@ -213,7 +213,8 @@ def play(study: Study, sizes: Sizes) -> dict[str, Any]:
     jobs = [(h.play, (h.HELDOUT, sizes.play, name, None)) for name in names]
     scores = {name: found["test"].numpy() for name, found in zip(names, study.run("controllers", jobs), strict=True)}
     margins = dict(MARGIN)
-    for mode, candidates in MARGINS.items():
+    for mode in sizes.modes:
+        candidates = MARGINS[mode]
         if sizes.tune_margins:
             jobs = [(h.look, (h.TUNING, 0, mode, margin)) for margin in candidates]
             tuned = [float(found["value"].mean()) for found in study.run(f"{mode} margins", jobs)]
@@ -228,6 +229,8 @@ def play(study: Study, sizes: Sizes) -> dict[str, Any]:
     pairs += [(f"{mode}_lookahead", rule) for mode in MARGINS for rule in ("linear", "gradmax", "probe")]
     comparisons = {}
     for better, worse in pairs:
+        if better not in scores:
+            continue
         count = min(len(scores[better]), len(scores[worse]))
         comparisons[f"{better} - {worse}"] = interval(scores[better][:count] - scores[worse][:count])
     rounded = {name: [round(float(s), 2) for s in score] for name, score in scores.items()}
