@@ -29,7 +29,7 @@ def _output(given: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()
     except OSError as error:
-        raise ConfigError(f"output={given}: {error.strerror}; choose another file") from error
+        raise ConfigError(f"out={given}: {error.strerror}; choose another file") from error
     return path
 
 
@@ -40,7 +40,7 @@ def _main(given: DictConfig) -> None:
     assert isinstance(settings, BenchmarkConfig)
     settings.validate()
     suite = benchmarks.get(settings.suite)
-    path = _output(settings.output)
+    path = _output(settings.out)
     torch.set_num_threads(settings.runtime.threads)
     machine, started = timing.machine(settings.runtime.device), datetime.now().astimezone()
     report = suite(settings)
@@ -49,7 +49,8 @@ def _main(given: DictConfig) -> None:
         "started": started.isoformat(timespec="seconds"),
         "machine": machine,
         "config": dataclasses.asdict(settings),
-        "results": report.results,
+        # Suites of rows have one list of them, all others what they found under their own names.
+        **(report.results if "rows" in report.results else {"results": report.results}),
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
     console = cli.console()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,10 @@ class BenchmarkSettings:
     size_repeats: int = 3  # of `sizes`
     warmup: int = 2  # repeats that do not count
     clock: str = "wall"  # wall, or cpu: the process's own time, for a busy machine
+    policies: list[str] = field(default_factory=lambda: ["tamiyo_small", "tamiyo"])  # files of conf/policy
+    graphs: list[int] = field(default_factory=lambda: [32, 256])  # batches that are encoded
+    compile: bool = True  # also the compiled encoder
+    large: list[int] = field(default_factory=lambda: [1_000, 10_000, 100_000])  # nodes of single graphs
 
 
 @dataclass
@@ -150,7 +155,7 @@ class BenchmarkConfig:
 
     suite: str = "env"
     seed: int = 0
-    output: str = MISSING  # the file to write
+    out: str = MISSING  # the file to write
     benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
@@ -177,8 +182,28 @@ class BenchmarkConfig:
             raise ConfigError(f"benchmark.clock={s.clock}: choose wall or cpu")
         if s.clock == "cpu" and self.runtime.device != "cpu":
             raise ConfigError(f"benchmark.clock=cpu: does not see what runs on {self.runtime.device}; choose wall")
+        if any(n < 1 for n in (*s.graphs, *s.large)):
+            raise ConfigError(f"benchmark.graphs={s.graphs}, benchmark.large={s.large}: sizes must be above 0")
+        for name in s.policies:
+            load_policy(name)
         if not s.tasks:
             raise ConfigError("benchmark.tasks=[]: name at least one file of conf/env")
+
+
+def load_policy(name: str) -> PolicyConfig:
+    """The policy called `name`.
+
+    Raises:
+        ConfigError: no such file of `conf/policy`.
+    """
+    folder = resources.files("esper.conf") / "policy"
+    known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    if name not in known:
+        raise ConfigError(f"benchmark.policies={name}: no such policy; choose from {', '.join(known)}")
+    values = OmegaConf.create((folder / f"{name}.yaml").read_text())
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PolicyConfig), values))
+    assert isinstance(config, PolicyConfig)
+    return config
 
 
 def register() -> None:

@@ -138,7 +138,7 @@ def test_picked_hosts_spread_over_the_costs():
 
 
 def test_a_run_writes_every_timing(run, tmp_path):
-    result = run(*TINY, "output=deep/er/report.json")
+    result = run(*TINY, "out=deep/er/report.json")
     assert result.code == 0, result.err
     content = json.loads((tmp_path / "deep/er/report.json").read_text())
     assert content["suite"] == "env"
@@ -158,6 +158,37 @@ def test_a_run_writes_every_timing(run, tmp_path):
     assert all(word in result.out for word in ("3 together", "plain loop, one by one", "deep/er/report.json"))
 
 
+@pytest.mark.parametrize(
+    ("suite", "overrides", "variants"),
+    [
+        (
+            "encoder",
+            ["benchmark.graphs=[3]", "benchmark.compile=false", "benchmark.policies=[tamiyo_small]"],
+            [{"pyg", "segment", "dense", "native", "floor"}, {"pyg", "segment", "dense", "native"}],
+        ),
+        ("graph", ["benchmark.large=[60,120]"], [{"pyg", "observer"}, {"segment"}, {"segment"}]),
+    ],
+)
+def test_suites_of_rows(run, tmp_path, suite, overrides, variants):
+    tiny = ["benchmark.hosts=2", "benchmark.hosts_one_by_one=1", "benchmark.repeats=3", "benchmark.warmup=1"]
+    result = run(f"suite={suite}", *tiny, *overrides, "out=rows.json")
+    assert result.code == 0, result.err
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert content["suite"] == suite
+    assert content["machine"]["threads"] == 1
+    by_case: dict[str, dict] = {}
+    for row in content["rows"]:
+        by_case.setdefault(row["case"], {})[row["variant"]] = row
+    assert [set(rows) for rows in by_case.values()] == variants
+    for rows in by_case.values():
+        for row in rows.values():
+            assert 0 < row["median_ms"] <= row["p95_ms"]
+            if "pyg" in rows:
+                assert row["ratio_vs_reference"] == pytest.approx(rows["pyg"]["median_ms"] / row["median_ms"])
+            if "floor" in rows:
+                assert row["ratio_vs_floor"] == pytest.approx(row["median_ms"] / rows["floor"]["median_ms"])
+
+
 def test_default_output_names_suite_and_time(run, tmp_path):
     result = run(*TINY, "benchmark.clock=cpu")
     assert result.code == 0, result.err
@@ -167,7 +198,7 @@ def test_default_output_names_suite_and_time(run, tmp_path):
 def test_a_dishonest_comparison_is_refused(run, monkeypatch):
     epoch = PlainHost.epoch
     monkeypatch.setattr(PlainHost, "epoch", lambda self: {"validation_loss": epoch(self)["validation_loss"] * 1.01})
-    result = run(*TINY, "output=report.json")
+    result = run(*TINY, "out=report.json")
     assert result.code == 3
     assert result.err.startswith("error: segment, host")
     assert len(result.err.splitlines()) == 1
@@ -176,16 +207,18 @@ def test_a_dishonest_comparison_is_refused(run, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["suite=mars"], "suite=mars: no such suite; choose one of env"),
+        (["suite=mars"], "suite=mars: no such suite; choose one of encoder, env, graph"),
         (["benchmark.tasks=[mars]"], "benchmark.tasks=mars: env=mars: no such option; choose one of"),
         (["benchmark.tasks=[]"], "benchmark.tasks=[]: name at least one"),
         (["benchmark.repeats=0"], "benchmark.repeats=0: must be above 0"),
+        (["benchmark.graphs=[0]"], "benchmark.graphs=[0]"),
+        (["benchmark.policies=[mars]"], "benchmark.policies=mars: no such policy; choose from tamiyo, tamiyo_small"),
         (["benchmark.hosts_one_by_one=33"], "benchmark.hosts_one_by_one=33: must be from 1 to 32"),
         (["benchmark.sizes=[0]"], "benchmark.sizes=[0]: numbers of hosts must be above 0"),
         (["benchmark.clock=sun"], "benchmark.clock=sun: choose wall or cpu"),
         (["benchmark.host=4"], "benchmark.host: no such key; did you mean benchmark.hosts?"),
         (["runtime.device=mars"], "runtime.device=mars: "),
-        (["output=."], "output=.: Is a directory; choose another file"),
+        (["out=."], "out=.: Is a directory; choose another file"),
     ],
 )
 def test_bad_input(run, overrides, expected):
@@ -208,7 +241,7 @@ def test_a_suite_is_one_decorated_function(run, tmp_path, monkeypatch):
     benchmarks.suite("mine")(lambda config: benchmarks.Report({"seed": config.seed}, []))
     with pytest.raises(ValueError, match="registered twice"):
         benchmarks.suite("mine")(lambda config: benchmarks.Report({}, []))
-    assert run("suite=mine", "seed=7", "output=mine.json").code == 0
+    assert run("suite=mine", "seed=7", "out=mine.json").code == 0
     assert json.loads((tmp_path / "mine.json").read_text())["results"] == {"seed": 7}
 
 

@@ -1,0 +1,138 @@
+"""Variants of one thing, timed in turns, as rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.table import Table
+
+from trainers.benchmarks.timing import timed
+from trainers.config import BenchmarkSettings
+
+REFERENCE, FLOOR = "pyg", "floor"
+
+
+@dataclass
+class Row:
+    """One variant of one case; ratios are the other's time over this one's, so that larger is faster."""
+
+    suite: str
+    case: str
+    variant: str
+    median_ms: float
+    p95_ms: float
+    peak_mb: float
+    ratio_vs_reference: float | None = None
+    ratio_vs_floor: float | None = None  # this time over that of the floor: 1 is the floor itself
+    compile_s: float | None = None
+
+
+def compare(
+    suite: str,
+    case: str,
+    variants: dict[str, Callable[[], object]],
+    settings: BenchmarkSettings,
+    device: torch.device,
+    tick: Callable[[], None],
+    compile_s: dict[str, float] | None = None,
+) -> list[Row]:
+    """Rows of all variants: called in turns, after calls that do not count.
+
+    Args:
+        variants: name -> what is timed; REFERENCE and FLOOR are what the others are compared with.
+        tick: called after each turn.
+        compile_s: seconds that a variant took to compile.
+    """
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    peaks: dict[str, float] = {}
+    for number in range(settings.warmup + settings.repeats):
+        for name, function in variants.items():
+            if number == 0:
+                peaks[name] = peak_mb(function, device)
+                continue
+            seconds = timed(function, device, settings.clock)
+            if number >= settings.warmup:
+                times[name].append(1000 * seconds)
+        tick()
+    medians = {name: float(np.median(values)) for name, values in times.items()}
+
+    def over(name: str, other: str) -> float | None:
+        return medians[other] / medians[name] if other in medians else None
+
+    rows = []
+    for name, values in times.items():
+        floor = over(name, FLOOR)
+        rows.append(
+            Row(
+                suite,
+                case,
+                name,
+                medians[name],
+                float(np.percentile(values, 95)),
+                peaks[name],
+                over(name, REFERENCE),
+                None if floor is None else 1 / floor,
+                (compile_s or {}).get(name),
+            )
+        )
+    return rows
+
+
+def peak_mb(function: Callable[[], object], device: torch.device) -> float:
+    """Memory that a call takes beyond what is there before it, in MiB; 0 where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        allocated = torch.cuda.memory_allocated(device)
+        function()
+        return (torch.cuda.max_memory_allocated(device) - allocated) / 2**20
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        function()
+        return 0.0
+    reset.write_text("5")  # sets the peak to what is resident now
+    before = _resident("VmHWM")
+    function()
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(name: str) -> float:
+    """KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return float(line.split()[1])
+    return 0.0
+
+
+def table(rows: Iterable[Row], title: str) -> Table:
+    """For the terminal."""
+    columns = ("case", "variant", "median ms", "p95 ms", "peak MiB", "faster than PyG", "times the floor", "compile s")
+    result = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for number, column in enumerate(columns):
+        result.add_column(column, justify="left" if number < 2 else "right")
+
+    def text(value: float | None, form: str) -> str:
+        return "" if value is None else f"{value:{form}}"
+
+    for row in rows:
+        result.add_row(
+            row.case,
+            row.variant,
+            f"{row.median_ms:.2f}",
+            f"{row.p95_ms:.2f}",
+            f"{row.peak_mb:.0f}",
+            text(row.ratio_vs_reference, ".2f"),
+            text(row.ratio_vs_floor, ".2f"),
+            text(row.compile_s, ".1f"),
+        )
+    return result
+
+
+def content(rows: Iterable[Row]) -> dict[str, Any]:
+    """For JSON."""
+    return {"rows": [asdict(row) for row in rows]}
