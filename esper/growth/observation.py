@@ -54,6 +54,8 @@ class Observer:
         self._layer_kinds = F.one_hot(index, len(LAYER_KINDS)).float()
         relu = F.one_hot(torch.tensor(ACTIVATION_KINDS.index("relu")), len(ACTIVATION_KINDS)).float()
         self._activation_kinds = relu.expand(p.slots, -1)
+        self._numbers = torch.arange(len(p.catalogue))
+        self._fixed = self._fixed_attributes()
 
     def __call__(self) -> GraphBatch:
         """The observation of every host after the last evaluation: N graphs, features in [-BOUND, BOUND]."""
@@ -80,7 +82,7 @@ class Observer:
         node_mask = p.moved(node_mask)
         x = x.nan_to_num_(nan=BOUND).clamp_(-BOUND, BOUND).mul_(node_mask[..., None])
         mask = self._edge_masks[depth]
-        attr = self._attributes(n).mul_(mask[..., None]).clamp_(-BOUND, BOUND)
+        attr = self._attributes().mul_(mask[..., None])
         packed = Packed(self._layout, x, node_mask, p.moved(attr), p.moved(mask))
         return GraphBatch.of(packed, p.moved(self.layout.mask(p)))
 
@@ -90,41 +92,55 @@ class Observer:
         at = layer / (depth[:, None] + 1)
         return torch.where(layer == len(layer) - 1, 1.0, at)
 
-    def _attributes(self, n: int) -> Tensor:
+    def _put(self, attr: Tensor, source: str, name: str, target: str, *columns: Tensor | None) -> None:
+        """Sets attributes of a relation in attr [n, cells, attributes]; each column is [n, targets, sources], or what
+        broadcasts to it, or None for one that is left as it is."""
+        own = self._layout.of_relation(attr, (source, name, target))
+        for number, column in enumerate(columns):
+            if column is not None:
+                own[..., number] = column
+
+    def _fixed_attributes(self) -> Tensor:
+        """[depths * widths, cells, attributes], what follows from the size of a host alone, for every size there is."""
+        p = self.population
+        depths, widths = torch.arange(p.slots + 1), torch.arange(p.spec.width + 1)
+        depth, width = (grid.flatten() for grid in torch.meshgrid(depths, widths, indexing="ij"))
+        stage = torch.arange(p.slots) < depth[:, None]
+        ends = torch.ones(len(depth), 1, dtype=torch.bool)
+        sizes = p.layer_sizes[width] * torch.cat([ends, stage, ends], dim=1)
+        at, fans = self._depths(depth), self._fans[width]
+        ratio = _log(fans[:, :, 1] / fans[:, :, 0])
+        whole = sizes.sum(1, keepdim=True)
+        cost = torch.log1p(p.seed_sizes[width] / whole)[:, None].expand(-1, p.slots, -1)  # [sizes, S, K]
+        attr = torch.zeros(len(depth), self._layout.cells, self._layout.attributes)
+        self._put(attr, "layer", "feeds", "layer", at[:, :, None] - at[:, None], ratio[:, :, None])
+        self._put(attr, "layer", "feeds", "activation", at[:, None], ratio[:, None])
+        self._put(attr, "activation", "feeds", "layer", at[:, :, None], ratio[:, :, None])
+        self._put(attr, "parameter", "tunes", "layer", (sizes / whole)[:, :, None])
+        before = at[:, 1:-1]  # of the layer in front of each slot
+        self._put(attr, "slot", "precedes", "slot", before[:, :, None] - before[:, None])
+        self._put(attr, "blueprint", "fits", "slot", None, cost)
+        self._put(attr, "slot", "fits", "blueprint", None, cost.transpose(1, 2))
+        for node in self._layout.counts:
+            if node != "global":
+                self._put(attr, "global", "writes", node, torch.ones(()))
+                self._put(attr, node, "informs", "global", torch.ones(()))
+        return attr.nan_to_num(nan=0.0).clamp(-BOUND, BOUND)
+
+    def _attributes(self) -> Tensor:
         """[n, cells, attributes] on the CPU, also where there is no edge."""
         p, lifecycle = self.population, self.population.lifecycle
         stage, alpha, kind = lifecycle.stage, lifecycle.alpha, lifecycle.blueprint
-        fans = self._fans[p.context.width]
-        ratio = _log(fans[:, :, 1] / fans[:, :, 0])
-        share = self._sizes / self._sizes.sum(1, keepdim=True)
-        germinable = (legal(stage, Event.GERMINATE)[:, :, None] & p.germinable()).float()
-        cost = torch.log1p(p.seed_sizes[p.context.width] / self._sizes.sum(1, keepdim=True))  # [n, K]
-        attr = torch.zeros(n, self._layout.cells, self._layout.attributes)
-
-        def put(source: str, name: str, target: str, *columns: Tensor) -> None:
-            """Each column is [n, targets, sources], or what broadcasts to it."""
-            own = self._layout.of_relation(attr, (source, name, target))
-            for number, column in enumerate(columns):
-                own[..., number] = column
-
-        at, own_at = self._at, self._at[:, 1:-1]  # of layers, and of the layer in front of each slot
-        put("layer", "feeds", "layer", at[:, :, None] - at[:, None], ratio[:, :, None])
-        put("layer", "feeds", "activation", at[:, None], ratio[:, None])
-        put("activation", "feeds", "layer", at[:, :, None], ratio[:, :, None])
-        put("parameter", "tunes", "layer", share[:, :, None])
-        state = alpha, stage / len(Stage)
-        put("slot", "reads", "layer", *(value[:, None] for value in state))
-        put("slot", "writes", "layer", *(value[:, None] for value in state))
-        put("layer", "hosts", "slot", *(value[:, :, None] for value in state))
-        put("slot", "precedes", "slot", own_at[:, :, None] - own_at[:, None])
-        lives_here = alpha[:, :, None] * (kind[:, :, None] == torch.arange(len(p.catalogue)))  # [n, S, K]
-        fits = germinable, cost[:, None].expand_as(germinable), lives_here
-        put("blueprint", "fits", "slot", *fits)
-        put("slot", "fits", "blueprint", *(value.transpose(1, 2) for value in fits))
-        for node in self._layout.counts:
-            if node != "global":
-                put("global", "writes", node, torch.ones(()))
-                put(node, "informs", "global", torch.ones(()))
+        attr = self._fixed[p.context.depth * (p.spec.width + 1) + p.context.width]
+        state = torch.stack([alpha, stage / len(Stage)], dim=2)
+        for name in ("reads", "writes"):
+            self._layout.of_relation(attr, ("slot", name, "layer"))[..., :2] = state[:, None]
+        self._layout.of_relation(attr, ("layer", "hosts", "slot"))[..., :2] = state[:, :, None]
+        legal_here = (legal(stage, Event.GERMINATE)[:, :, None] & p.germinable()).float()
+        lives_here = alpha[:, :, None] * (kind[:, :, None] == self._numbers)  # [n, S, K]
+        self._put(attr, "blueprint", "fits", "slot", legal_here, None, lives_here)
+        both = legal_here.transpose(1, 2), None, lives_here.transpose(1, 2)
+        self._put(attr, "slot", "fits", "blueprint", *both)
         return attr
 
     # ---- node features, in the order of the schema ----------------------------------------------------------------

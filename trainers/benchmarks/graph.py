@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch_geometric.data import Batch
 
 from envs.config import load_config
 from envs.growth_env import GrowthEnv
@@ -16,7 +15,7 @@ from esper.growth.observation import Observer
 from esper.tamiyo import encoders
 from esper.tamiyo.encoder import Encoder
 from esper.tamiyo.policy import Tamiyo
-from trainers.benchmarks import Report, suite
+from trainers.benchmarks import Report, naive, suite
 from trainers.benchmarks.rows import REFERENCE, Row, compare, content, table
 from trainers.config import BenchmarkConfig, load_policy
 from trainers.progress import Reporter
@@ -60,14 +59,13 @@ def run(config: BenchmarkConfig) -> Report:
 
         env_config = load_config(settings.tasks[0])
         env = GrowthEnv(env_config, settings.hosts, device=device)
-        graph = env.reset(torch.arange(settings.hosts) + config.seed)
-        observer = Observer(env.population, env_config.epochs)
-
-        def naive() -> None:
-            # From features that are there already, which favours it.
-            Batch.from_data_list(list(graph.to_hetero_data()))
-
-        variants: dict[str, Callable[[], object]] = {REFERENCE: naive, "observer": observer}
+        env.reset(torch.arange(settings.hosts) + config.seed)
+        env.step(env.action_mask().float().multinomial(1).squeeze(1))
+        population, epochs = env.population, env_config.epochs
+        variants: dict[str, Callable[[], object]] = {
+            REFERENCE: partial(naive.batch, population, epochs),
+            "observer": Observer(population, epochs),
+        }
         rows += compare("graph", case, variants, settings, device, tick)
         encoder: Encoder = Tamiyo(load_policy(settings.policies[0])).to(device).encoder
         for nodes in settings.large:
