@@ -7,16 +7,13 @@ seed reads, and operation i of a program writes register i + 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from esper.growth.blueprints.exponential import sigmoid, softmax
+from esper.growth.blueprints.site import Site
 from esper.growth.convolution import Convolution, convolution
-
-if TYPE_CHECKING:
-    from esper.growth.blueprints.registry import Site
 
 KERNEL = 3
 EPSILON = 1e-5

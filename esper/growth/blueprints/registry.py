@@ -6,35 +6,13 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
 from esper.growth.blueprints.operations import Operation
+from esper.growth.blueprints.site import Site
 from esper.growth.parameters import ParameterSpec
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where seeds live: what all slots of a host have in common.
-
-    Attributes:
-        width: units per token.
-        grid: how the tokens lie; (1,) for hosts without tokens.
-        causal: a token may only see itself and those before it.
-    """
-
-    width: int
-    grid: tuple[int, ...] = (1,)
-    causal: bool = False
-
-    @property
-    def tokens(self) -> int:
-        count = 1
-        for extent in self.grid:
-            count *= extent
-        return count
 
 
 class Blueprint(ABC):

@@ -10,16 +10,13 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from esper.graph import GraphBatch
 from esper.graph.schema import Relation
 from esper.runtime.errors import ConfigError
-
-if TYPE_CHECKING:
-    from esper.tamiyo.encoder import Encoder
+from esper.tamiyo.encoders.parameters import Parameters
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +24,7 @@ BACKENDS = ("pyg", "segment", "dense", "native")
 MOST_CELLS = 1 << 14
 """Possible edges of a graph up to which `auto` pads them."""
 
-Forward = Callable[["Encoder", GraphBatch], dict[str, Tensor]]
+Forward = Callable[[Parameters, GraphBatch], dict[str, Tensor]]
 
 
 @cache
@@ -42,13 +39,12 @@ def backend(name: str) -> Forward:
     return import_module(f"{__name__}.{name}").forward
 
 
-def forward(encoder: Encoder, graph: GraphBatch) -> dict[str, Tensor]:
-    """The embeddings of `graph` by the encoder's backend.
+def forward(encoder: Parameters, name: str, graph: GraphBatch) -> dict[str, Tensor]:
+    """The embeddings of `graph` by the backend `name`, or the one that is chosen for it.
 
     Raises:
         ConfigError: the backend cannot run here; the message says why.
     """
-    name = encoder.backend
     if name == "auto":
         counts = tuple((node, x.shape[1]) for node, x in graph.x.items())
         name = chosen(graph.device.type, counts, tuple(graph.edges))

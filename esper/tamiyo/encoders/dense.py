@@ -9,23 +9,19 @@ graphs innermost, arithmetic on few nodes and few heads still fills whole vector
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from esper.graph import GraphBatch, Layout, Packed
 from esper.graph.layout import Block
-
-if TYPE_CHECKING:
-    from esper.tamiyo.encoder import Encoder, GatLayer, SageLayer
+from esper.tamiyo.encoders.parameters import GatLayer, Parameters, SageLayer
 
 _SLOPE = 0.2  # of LeakyReLU, as in GATConv
 _NEVER = -1e30  # a score that leaves nothing of an edge; finite, so that rows without edges are no NaN
 
 
-def forward(encoder: Encoder, graph: GraphBatch) -> dict[str, Tensor]:
+def forward(encoder: Parameters, graph: GraphBatch) -> dict[str, Tensor]:
     """See Encoder.forward."""
     packed = graph.pack()
     return encode(encoder, packed.layout, *arranged(packed))
@@ -37,7 +33,7 @@ def arranged(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
     return x.contiguous(), attr.contiguous(), mask.contiguous()
 
 
-def encode(encoder: Encoder, layout: Layout, x: Tensor, attr: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def encode(encoder: Parameters, layout: Layout, x: Tensor, attr: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Embeddings of the types to be read."""
     shape = encoder.shape
     h = {node: encoder.inputs[node](x[layout.nodes[node], :, :features]) for node, _, features in layout.types}

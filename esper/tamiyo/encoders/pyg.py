@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -13,9 +12,7 @@ from torch_geometric.nn import GATConv, HeteroConv, SAGEConv
 
 from esper.graph import GraphBatch
 from esper.graph.schema import Relation
-
-if TYPE_CHECKING:
-    from esper.tamiyo.encoder import Encoder, Shape
+from esper.tamiyo.encoders.parameters import Parameters, Shape, typed_inputs, typed_skips
 
 
 class PyGEncoder(nn.Module):
@@ -23,8 +20,6 @@ class PyGEncoder(nn.Module):
 
     def __init__(self, shape: Shape):
         super().__init__()
-        from esper.tamiyo.encoder import typed_inputs, typed_skips
-
         self.shape = shape
         self.inputs = typed_inputs(shape)
         self.skips = typed_skips(shape)
@@ -53,7 +48,7 @@ class PyGEncoder(nn.Module):
         return {node: x[node].view(*graph.x[node].shape[:2], x[node].shape[-1]) for node in self.shape.read}
 
 
-def parameters(encoder: Encoder) -> dict[str, Tensor]:
+def parameters(encoder: Parameters) -> dict[str, Tensor]:
     """The encoder's parameters under the names, and in the shapes, of a PyGEncoder: views, through which gradients
     flow."""
     shape = encoder.shape
@@ -89,6 +84,6 @@ def _skeleton(shape: Shape) -> PyGEncoder:
     return PyGEncoder(shape).to("meta")
 
 
-def forward(encoder: Encoder, graph: GraphBatch) -> dict[str, Tensor]:
+def forward(encoder: Parameters, graph: GraphBatch) -> dict[str, Tensor]:
     """See Encoder.forward."""
     return functional_call(_skeleton(encoder.shape), parameters(encoder), (graph,))

@@ -6,7 +6,7 @@ Memory grows with nodes and edges, not with their product.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from torch.nn import functional as F
 
 from esper.graph import GraphBatch
 from esper.graph.segment import segment_softmax, segment_sum
-
-if TYPE_CHECKING:
-    from esper.tamiyo.encoder import Encoder, GatLayer, SageLayer, Shape
+from esper.tamiyo.encoders.parameters import GatLayer, Parameters, SageLayer, Shape
 
 _SLOPE = 0.2  # of LeakyReLU, as in GATConv
 
@@ -34,7 +32,7 @@ class _Edges(NamedTuple):
     counts: dict[str, int]  # nodes of each computed type
 
 
-def forward(encoder: Encoder, graph: GraphBatch) -> dict[str, Tensor]:
+def forward(encoder: Parameters, graph: GraphBatch) -> dict[str, Tensor]:
     """See Encoder.forward."""
     shape = encoder.shape
     x, index, attr = graph.flatten()

@@ -13,16 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from esper.graph import GraphBatch, Layout
 from esper.runtime.native import library
-
-if TYPE_CHECKING:
-    from esper.tamiyo.encoder import Encoder, Shape
+from esper.tamiyo.encoders.parameters import Parameters, Shape
 
 _TILE = 32
 
@@ -86,7 +84,7 @@ def _plan(shape: Shape, layout: Layout) -> _Plan:
     return _Plan(shape, layout)
 
 
-def forward(encoder: Encoder, graph: GraphBatch) -> dict[str, Tensor]:
+def forward(encoder: Parameters, graph: GraphBatch) -> dict[str, Tensor]:
     """See Encoder.forward."""
     packed, shape = graph.pack(), encoder.shape
     plan = _plan(shape, packed.layout)
@@ -96,7 +94,7 @@ def forward(encoder: Encoder, graph: GraphBatch) -> dict[str, Tensor]:
     return {node: out[:, packed.layout.nodes[node]] for node in shape.read}
 
 
-def _parameters(encoder: Encoder, plan: _Plan) -> Iterator[Tensor]:
+def _parameters(encoder: Parameters, plan: _Plan) -> Iterator[Tensor]:
     """What the kernel reads, in the order of `_described`: what scores is folded into the projections, and what all
     relations into a type add to it is averaged."""
     for node in plan.layout.counts:
