@@ -13,6 +13,7 @@ namespace esper {
 constexpr int WIDE = 16, CHUNKS = 2, LANES = WIDE * CHUNKS;
 
 typedef float V __attribute__((vector_size(WIDE * sizeof(float))));
+typedef float Quarter __attribute__((vector_size(4 * sizeof(float)), may_alias));
 typedef int32_t I __attribute__((vector_size(WIDE * sizeof(int32_t))));
 
 // One unit, LANES samples.
@@ -197,9 +198,20 @@ inline void outer(float* g, int64_t ld, const Row* x, int64_t inputs, const Row*
           }
         }
       }
-      const V total = sums(acc);
-      for (int i = 0; i < BLOCK && k + i < inputs; ++i)
-        for (int j = 0; j < BLOCK && o + j < outputs; ++j) g[(k + i) * ld + o + j] += total[i * BLOCK + j];
+      alignas(64) float total[BLOCK * BLOCK];
+      const V whole = sums(acc);
+      std::memcpy(total, &whole, sizeof total);
+      for (int i = 0; i < BLOCK && k + i < inputs; ++i) {
+        float* row = g + (k + i) * ld + o;
+        if (o + BLOCK <= outputs) {
+          Quarter sum;  // four at once
+          std::memcpy(&sum, row, sizeof sum);
+          sum += *reinterpret_cast<const Quarter*>(total + i * BLOCK);
+          std::memcpy(row, &sum, sizeof sum);
+        } else {
+          for (int j = 0; o + j < outputs; ++j) row[j] += total[i * BLOCK + j];
+        }
+      }
     }
 }
 
