@@ -128,9 +128,9 @@ def bars(found: list[dict[str, Any]]) -> None:
         axes.set_xticks(range(len(own)), [one["instances"].split("/")[0] for one in own], fontsize=8)
         axes.set_title(kind, fontsize=9)
         axes.axhline(0, color="grey", linewidth=0.5)
-    grid[0, 0].legend(fontsize=6, ncols=2)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="upper center", fontsize=7, ncols=len(names))
     figure.supylabel("test points over never, net of rent", fontsize=9)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.985))
     figure.savefig(ROOT / "docs" / "headroom.png", dpi=100)
 
 
