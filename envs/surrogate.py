@@ -6,6 +6,7 @@ For debugging and testing controllers and trainers. How far it may be trusted is
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -77,7 +78,7 @@ class SurrogatePopulation(Population):
     ):
         fitted = fitted or stored()
         fitted.check(spec)
-        super().__init__(spec, hosts, device)
+        super().__init__(replace(spec, engine="stacked"), hosts, device)  # nothing is to be compiled for it
         for name in _TRAINED:
             delattr(self, name)
         self.model = model = fitted.model.map(self.moved)

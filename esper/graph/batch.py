@@ -78,53 +78,55 @@ class GraphBatch:
     ):
         self.action_mask = action_mask
         self._packed: Packed | None = None
-        self._lists: tuple[dict[str, Tensor], dict[str, Tensor], dict[Relation, Edges]] | None = (x, node_mask, edges)
+        self._x: dict[str, Tensor] | None = x
+        self._node_mask: dict[str, Tensor] | None = node_mask
+        self._edges: dict[Relation, Edges] | None = edges
 
     @classmethod
     def of(cls, packed: Packed, action_mask: Tensor) -> GraphBatch:
         """The batch that `packed` holds."""
         batch = cls.__new__(cls)
-        batch.action_mask, batch._packed, batch._lists = action_mask, packed, None
+        batch.action_mask, batch._packed = action_mask, packed
+        batch._x = batch._node_mask = batch._edges = None
         return batch
 
     @property
     def x(self) -> dict[str, Tensor]:
-        return self._dictionaries()[0]
+        if self._x is None:
+            packed = self.pack()
+            places = packed.layout.nodes
+            self._x = {node: packed.x[:, places[node], :features] for node, _, features in packed.layout.types}
+        return self._x
 
     @property
     def node_mask(self) -> dict[str, Tensor]:
-        return self._dictionaries()[1]
+        if self._node_mask is None:
+            packed = self.pack()
+            self._node_mask = {node: packed.node_mask[:, place] for node, place in packed.layout.nodes.items()}
+        return self._node_mask
 
     @property
     def edges(self) -> dict[Relation, Edges]:
-        return self._dictionaries()[2]
+        if self._edges is None:
+            self._edges = _unpacked(self.pack())
+        return self._edges
 
-    @torch.inference_mode(False)  # an actor may be the first to ask for them, and the update the next
-    def _dictionaries(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[Relation, Edges]]:
-        if self._lists is None:
-            packed = self._packed
-            assert packed is not None
-            layout, x, edges = packed.layout, {}, {}
-            for node, _, features in layout.types:
-                x[node] = packed.x[:, layout.nodes[node], :features]
-            for relation, attributes, _ in layout.relations:
-                source, target = (index.to(self.device) for index in _pairs(layout, relation))
-                attr = layout.of_relation(packed.attr, relation)[..., :attributes].flatten(1, 2)
-                mask = layout.of_relation(packed.mask, relation).flatten(1, 2)
-                edges[relation] = Edges(source.expand(mask.shape), target.expand(mask.shape), attr, mask)
-            masks = {node: packed.node_mask[:, place] for node, place in layout.nodes.items()}
-            self._lists = x, masks, edges
-        return self._lists
+    @property
+    def relations(self) -> tuple[Relation, ...]:
+        """Of the schema; known without reading the edges."""
+        if self._packed is not None:
+            return tuple(relation for relation, _, _ in self._packed.layout.relations)
+        return tuple(self.edges)
 
     def pack(self) -> Packed:
         """The packed form: what the batch was made of, or a copy of its dictionaries."""
-        return self._packed if self._packed is not None else _pack(*self._dictionaries())
+        return self._packed if self._packed is not None else _pack(self.x, self.node_mask, self.edges)
 
     def with_actions(self, action_mask: Tensor) -> GraphBatch:
         """The same graphs with other legal actions [B, A]."""
         if self._packed is not None:
             return GraphBatch.of(self._packed, action_mask)
-        return GraphBatch(*self._dictionaries(), action_mask)
+        return GraphBatch(self.x, self.node_mask, self.edges, action_mask)
 
     def __len__(self) -> int:
         return len(self.action_mask)
@@ -262,6 +264,17 @@ def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     length = torch.tensor([len(row) for row in rows], device=rows[0].device)
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return padded, torch.arange(padded.shape[1], device=length.device) < length[:, None]
+
+
+@torch.inference_mode(False)  # an actor may be the first to ask for them, and the update the next
+def _unpacked(packed: Packed) -> dict[Relation, Edges]:
+    layout, edges = packed.layout, {}
+    for relation, attributes, _ in layout.relations:
+        source, target = (index.to(packed.mask.device) for index in _pairs(layout, relation))
+        attr = layout.of_relation(packed.attr, relation)[..., :attributes].flatten(1, 2)
+        mask = layout.of_relation(packed.mask, relation).flatten(1, 2)
+        edges[relation] = Edges(source.expand(mask.shape), target.expand(mask.shape), attr, mask)
+    return edges
 
 
 @cache

@@ -15,12 +15,6 @@ def segment_sum(x: Tensor, index: Tensor, segments: int) -> Tensor:
     return x.new_zeros(segments, *x.shape[1:]).index_add(0, index, x)
 
 
-def segment_mean(x: Tensor, index: Tensor, segments: int) -> Tensor:
-    """As `segment_sum`, the mean."""
-    count = segment_sum(x.new_ones(len(x)), index, segments).clamp(min=1)
-    return segment_sum(x, index, segments) / count.view(-1, *[1] * (x.dim() - 1))
-
-
 def segment_max(x: Tensor, index: Tensor, segments: int) -> Tensor:
     """As `segment_sum`, the largest; where several rows share it they share its gradient."""
     # From -inf: starting from 0 would hide a maximum of exactly 0 from the gradient.

@@ -109,8 +109,8 @@ def on_one_thread():
 
 @pytest.mark.parametrize("threads", [2, 3, 8])
 def test_threads_do_not_change_a_bit(on_one_thread, monkeypatch, threads):
-    used, pool = set(), engine._pool
-    monkeypatch.setattr(engine, "_pool", lambda count: used.add(count) or pool(count))
+    used, pool = set(), build._pool
+    monkeypatch.setattr(build, "_pool", lambda count: used.add(count) or pool(count))
     torch.set_num_threads(threads)
     try:
         state = walked(KEYS)

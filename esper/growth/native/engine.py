@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,35 +16,29 @@ from esper.growth.epoch import Trained, learning_rates
 from esper.growth.host import KERNEL
 from esper.growth.lifecycle import Stage, is_live
 from esper.growth.statistics import ACTIVATION_STATISTICS, SAMPLES
-from esper.runtime.native import library
+from esper.runtime.native import call, fields, library, parts
 
 if TYPE_CHECKING:
     from esper.growth.state import PopulationState
 
-_INT = ctypes.c_int64
 _REGISTERS = 16
 KERNEL_FOLDER = Path(__file__).parent
 
 
-def _fields(**groups: str) -> list[tuple[str, Any]]:
-    kinds = {"integers": ctypes.c_int64, "pointers": ctypes.c_void_p, "doubles": ctypes.c_double}
-    return [(name, kinds[kind.rstrip("_")]) for kind, names in groups.items() for name in names.split()]
-
-
 class _Table(ctypes.Structure):
-    _fields_ = _fields(integers="taps", pointers="from_ to")
+    _fields_ = fields(integers="taps", pointers="from_ to")
 
 
 class _Operation(ctypes.Structure):
-    _fields_ = _fields(integers="code input0 input1 input2 weight bias row tap table")
+    _fields_ = fields(integers="code input0 input1 input2 weight bias row tap table")
 
 
 class _Blueprint(ctypes.Structure):
-    _fields_ = _fields(integers="size operations reads_source", pointers="operation units count theta average square")
+    _fields_ = fields(integers="size operations reads_source", pointers="operation units count theta average square")
 
 
 class _Population(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = fields(
         integers="inputs classes width stages tokens per_token causal size",
         pointers="place tables blueprints theta average square widths depths steps seed_steps rate low high leak shift "
         "units gain",
@@ -55,11 +46,11 @@ class _Population(ctypes.Structure):
 
 
 class _Rows(ctypes.Structure):
-    _fields_ = _fields(pointers="host kind alpha isolated")
+    _fields_ = fields(pointers="host kind alpha isolated")
 
 
 class _Training(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = fields(
         pointers="x index labels",
         integers="steps batch",
         doubles="beta1 beta2 epsilon",
@@ -68,7 +59,7 @@ class _Training(ctypes.Structure):
 
 
 class _Evaluation(ctypes.Structure):
-    _fields_ = _fields(pointers="x labels", integers="samples measured full fewer", pointers_="loss logits activations")
+    _fields_ = fields(pointers="x labels", integers="samples measured full fewer", pointers_="loss logits activations")
 
 
 def unavailable(population: PopulationState) -> str | None:
@@ -251,20 +242,6 @@ class NativeEngine:
         )
         return structure, [programs, floats, gain]
 
-    def _run(self, function: Callable[..., None], population: _Population, rows: _Rows, work: Any, count: int) -> None:
-        """Over all rows, in as many threads as torch would use; the kernel holds no lock of Python's."""
-        arguments = [ctypes.byref(value) for value in (population, rows, work)]
-        threads = min(torch.get_num_threads(), count)
-        edges = [count * i // max(threads, 1) for i in range(threads + 1)]
-
-        def part(i: int) -> None:
-            function(*arguments, _INT(edges[i]), _INT(edges[i + 1]))
-
-        if threads > 1:
-            list(_pool(threads).map(part, range(threads)))
-        elif count:
-            part(0)
-
     def train(self, index: Tensor, labels: Tensor) -> Trained:
         """One epoch of all hosts on the minibatches `index` [N, steps, batch] of the training split, with `labels`
         [N, steps, batch] or [N, steps, batch, tokens]; parameters, moments and step counters are brought up to date."""
@@ -296,7 +273,7 @@ class NativeEngine:
             *(_address(value) for value in result),
         )
         structure, kept = self._structure()
-        self._run(self._train, structure, rows, work, hosts)
+        call(self._train, [((structure, rows, work), part) for part in parts(hosts)])
         del kept
         p.steps += t.steps_per_epoch
         p.seed_steps += t.steps_per_epoch * (kinds >= 0)
@@ -347,11 +324,6 @@ class NativeEngine:
             _address(activations),
         )
         structure, kept = self._structure()
-        self._run(self._evaluate, structure, rows, work, len(hosts))
+        call(self._evaluate, [((structure, rows, work), part) for part in parts(len(hosts))])
         del kept
         return loss, scores, activations
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="esper-growth")

@@ -46,6 +46,7 @@ struct Evaluation {
   float *logits;              // [rows, labels, classes], or null
   float *activations;         // [rows, stages, 5], or null
 };
+
 // One row: a host with the seeds that run in it, and room for one tile.
 class Host {
  public:
@@ -261,10 +262,12 @@ class Host {
     const Row inside = first(lanes);
     Row* steep = g_[0];
     for (int64_t s = 0; s < depth_; ++s) {
-      copy(traced_ + (s * traced_tiles_ + tile) * all, outputs_[s], all);
+      Row* h = traced_ + (s * traced_tiles_ + tile) * all;
       for (int64_t i = 0; i < all; ++i)
-        for (int c = 0; c < CHUNKS; ++c)
+        for (int c = 0; c < CHUNKS; ++c) {
+          h[i].part[c] = inside.part[c] != 0.0f ? outputs_[s][i].part[c] : spread(0.0f);
           steep[i].part[c] = slopes_[s][i].part[c] != 0.0f ? inside.part[c] : spread(0.0f);
+        }
       total(steep_ + s * p.width, steep, width_, tokens_);
     }
   }
@@ -283,12 +286,6 @@ class Host {
       if (s >= depth_) continue;
       Row* h = traced_ + s * tokens * width_;
       std::vector<float> mean(width_), covariance(width_ * width_);
-      for (int64_t t = 0; t < tokens; ++t) {
-        const Row inside = first(int(std::min<int64_t>(LANES, measured - t / tokens_ * LANES)));
-        for (int64_t u = 0; u < width_; ++u)
-          for (int c = 0; c < CHUNKS; ++c)
-            h[t * width_ + u].part[c] = inside.part[c] != 0.0f ? h[t * width_ + u].part[c] : spread(0.0f);
-      }
       total(mean.data(), h, width_, tokens);
       for (float& value : mean) value /= rows;
       for (int64_t t = 0; t < tokens; ++t) {

@@ -13,8 +13,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import torch
 
 log = logging.getLogger(__name__)
 
@@ -97,3 +103,41 @@ def _compiled(folder: Path) -> Path:
     finally:
         Path(name).unlink(missing_ok=True)
     return target
+
+
+# ---- calling --------------------------------------------------------------------------------------------------------
+
+
+def fields(**groups: str) -> list[tuple[str, Any]]:
+    """The `_fields_` of a structure from its names by kind: `integers`, `pointers` or `doubles`, in this order of the
+    arguments; a kind that comes a second time has an underscore behind it."""
+    kinds = {"integers": ctypes.c_int64, "pointers": ctypes.c_void_p, "doubles": ctypes.c_double}
+    return [(name, kinds[kind.rstrip("_")]) for kind, names in groups.items() for name in names.split()]
+
+
+def parts(count: int, multiple: int = 1) -> list[tuple[int, int]]:
+    """Ranges of `count` rows for as many threads as torch would use, cut at multiples of `multiple`."""
+    pieces = -(-count // multiple)
+    threads = max(min(torch.get_num_threads(), pieces), 1)
+    edges = [min(pieces * i // threads * multiple, count) for i in range(threads + 1)]
+    return [(first, last) for first, last in pairwise(edges) if first < last]
+
+
+def call(function: Callable[..., None], work: Sequence[tuple[tuple[Any, ...], tuple[int, int]]]) -> None:
+    """Calls a kernel with (pointers to structures, first, last) of each piece of work, each in a thread of its own; it
+    holds no lock of Python's."""
+
+    def one(job: tuple[tuple[Any, ...], tuple[int, int]]) -> None:
+        structures, (first, last) = job
+        function(*map(ctypes.byref, structures), ctypes.c_int64(first), ctypes.c_int64(last))
+
+    if len(work) > 1:
+        list(_pool(len(work)).map(one, work))
+    else:
+        for job in work:
+            one(job)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="esper-native")

@@ -60,7 +60,6 @@ class Arena {
     return base_ ? base_ + used_ - count : nullptr;
   }
   float* floats(int64_t count) { return reinterpret_cast<float*>(take((count + LANES - 1) / LANES)); }
-  int64_t used() const { return used_; }
   void restart(bool allocate) {
     if (allocate && used_ > size_) {
       memory_.resize(used_ * sizeof(Row) + 64);

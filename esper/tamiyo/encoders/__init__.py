@@ -47,7 +47,7 @@ def forward(encoder: Parameters, name: str, graph: GraphBatch) -> dict[str, Tens
     """
     if name == "auto":
         counts = tuple((node, x.shape[1]) for node, x in graph.x.items())
-        name = chosen(graph.device.type, counts, tuple(graph.edges))
+        name = chosen(graph.device.type, counts, graph.relations)
     elif name == "native":
         reason = _native_fails(graph.device.type)
         if reason is not None:

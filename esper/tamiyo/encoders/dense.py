@@ -15,9 +15,8 @@ from torch.nn import functional as F
 
 from esper.graph import GraphBatch, Layout, Packed
 from esper.graph.layout import Block
-from esper.tamiyo.encoders.parameters import GatLayer, Parameters, SageLayer
+from esper.tamiyo.encoders.parameters import SLOPE, GatLayer, Parameters, SageLayer
 
-_SLOPE = 0.2  # of LeakyReLU, as in GATConv
 _NEVER = -1e30  # a score that leaves nothing of an edge; finite, so that rows without edges are no NaN
 
 
@@ -45,6 +44,7 @@ def encode(encoder: Parameters, layout: Layout, x: Tensor, attr: Tensor, mask: T
         means[node] = _mean_weights(masks[node], block)
     for depth, (layer, skips) in enumerate(encoder.stages()):
         out, first = {}, 0
+        folded = layer.folded() if shape.attends(depth) else ()
         for node, block in layout.blocks.items():
             if node not in shape.targets(depth):
                 continue
@@ -55,7 +55,7 @@ def encode(encoder: Parameters, layout: Layout, x: Tensor, attr: Tensor, mask: T
                 for relation in block.relations
             ]
             if shape.attends(depth):
-                new = _gat(layer, part, block, sources, h[node], masks[node], attrs[node])
+                new = _gat(layer, folded, part, block, sources, h[node], masks[node], attrs[node])
             else:
                 new = _sage(layer, part, block, sources, h[node], means[node])
             out[node] = skips[node](h[node]) + F.gelu(new)
@@ -97,14 +97,17 @@ def _sage(layer: SageLayer, part: slice, block: Block, sources: list[Tensor], ow
 
 
 def _gat(
-    layer: GatLayer, part: slice, block: Block, sources: list[Tensor], own: Tensor, mask: Tensor, attr: Tensor
+    layer: GatLayer,
+    folded: tuple[Tensor, ...],
+    part: slice,
+    block: Block,
+    sources: list[Tensor],
+    own: Tensor,
+    mask: Tensor,
+    attr: Tensor,
 ) -> Tensor:
     """[rows, B, out] for one target type from `sources` [n, B, in] of each relation."""
     count, (heads, size) = len(block.relations), layer.att_source.shape[1:]
-
-    def folded(weight: Tensor, score: Tensor) -> Tensor:
-        """[R, heads, in], weight [R, in, heads * size] applied to score [R, heads, size]."""
-        return (weight[part].unflatten(2, (heads, size)) * score[part][:, None]).sum(3).transpose(1, 2)
 
     def scores(weight: Tensor, x: Tensor) -> Tensor:
         """[..., n, B], weight [..., in] times x [n, B, in]."""
@@ -121,14 +124,14 @@ def _gat(
             dim,
         )
 
-    to = scores(folded(layer.target, layer.att_target), own).permute(2, 0, 1, 3)  # [rows, R, heads, B]
-    by = folded(layer.source, layer.att_source)
+    by, to, along = (vectors[part] for vectors in folded)
+    to = scores(to, own).permute(2, 0, 1, 3)  # [rows, R, heads, B]
     sent_by = torch.cat([scores(w, s).transpose(0, 1) for w, s in zip(by, sources, strict=True)])  # [columns, heads, B]
-    edge = spread(folded(layer.edge, layer.att_edge), 0)  # [columns, heads, attributes]
+    edge = spread(along, 0)  # [columns, heads, attributes]
     score = sent_by + spread(to, 1)
     for value, weight in zip(attr, edge.unbind(2), strict=True):
         score = score + value[:, :, None] * weight[..., None]  # [rows, columns, heads, B]
-    score = F.leaky_relu(score, _SLOPE).masked_fill(~mask[:, :, None], _NEVER)
+    score = F.leaky_relu(score, SLOPE).masked_fill(~mask[:, :, None], _NEVER)
     share = torch.cat([piece.softmax(1) for piece in score.split(block.sizes, dim=1)], dim=1)
     share = share * (mask[:, :, None] / count)  # also where there is no edge at all
     if _aggregates_first(block):

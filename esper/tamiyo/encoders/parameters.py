@@ -9,11 +9,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from esper.graph.schema import GraphSchema, Relation
 
 SAGE_LAYERS = 2  # the layers after these are GAT
+SLOPE = 0.2  # of LeakyReLU, as in PyG's GATConv
 
 
 def orthogonal_(layer: nn.Linear, gain: float = math.sqrt(2)) -> nn.Linear:
@@ -111,6 +112,13 @@ class GatLayer(nn.Module):
             nn.Parameter(torch.empty(relations, heads, out // heads)) for _ in range(3)
         )
         self.bias = nn.Parameter(torch.empty(relations, out))
+
+    def folded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What scores a source, a target and an edge: each vector folded into its projection, [R, heads, in] twice and
+        [R, heads, attributes]."""
+        pairs = (self.source, self.att_source), (self.target, self.att_target), (self.edge, self.att_edge)
+        by, to, along = (torch.einsum("rihc,rhc->rhi", w.unflatten(2, a.shape[1:]), a).contiguous() for w, a in pairs)
+        return by, to, along
 
 
 class Parameters(nn.Module):

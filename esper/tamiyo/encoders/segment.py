@@ -14,9 +14,7 @@ from torch.nn import functional as F
 
 from esper.graph import GraphBatch
 from esper.graph.segment import segment_softmax, segment_sum
-from esper.tamiyo.encoders.parameters import GatLayer, Parameters, SageLayer, Shape
-
-_SLOPE = 0.2  # of LeakyReLU, as in GATConv
+from esper.tamiyo.encoders.parameters import SLOPE, GatLayer, Parameters, SageLayer, Shape
 
 
 class _Edges(NamedTuple):
@@ -86,7 +84,7 @@ def _sent(shape: Shape, depth: int, h: dict[str, Tensor], weights: Tensor) -> Te
 
 
 def _per_type(shape: Shape, depth: int, counts: dict[str, int], values: Tensor) -> list[Tensor]:
-    """`values` [R, ...] averaged over the relations that end in each computed type."""
+    """`values` [R, ...] of the relations that end in each computed type."""
     return list(values.split([len(shape.into(node)) for node in counts]))
 
 
@@ -104,20 +102,15 @@ def _sage(layer: SageLayer, shape: Shape, depth: int, h: dict[str, Tensor], edge
 def _gat(layer: GatLayer, shape: Shape, depth: int, h: dict[str, Tensor], edges: _Edges) -> Tensor:
     heads, size = layer.att_source.shape[1:]
 
-    def folded(weight: Tensor, score: Tensor) -> Tensor:
-        """[R, in, heads], weight [R, in, heads * size] applied to score [R, heads, size]."""
-        return (weight.unflatten(2, (heads, size)) * score[:, None]).sum(3)
-
+    _, scoring, scoring_edge = layer.folded()  # sources are scored by what they send
     relations = shape.relations(depth)
     sent = _sent(shape, depth, h, layer.source).unflatten(1, (heads, size))
     sizes = torch.tensor([len(h[relation[0]]) for relation in relations], device=sent.device)
     own = torch.repeat_interleave(torch.arange(len(relations), device=sent.device), sizes, output_size=len(sent))
     by = (sent * layer.att_source[own]).sum(2)  # [sources, heads]
-    to = torch.cat(
-        [h[r[2]] @ weight for r, weight in zip(relations, folded(layer.target, layer.att_target), strict=True)]
-    )
-    along = (edges.attr[:, :, None] * folded(layer.edge, layer.att_edge)[edges.relation]).sum(1)
-    score = F.leaky_relu(by[edges.source] + to[edges.into] + along, _SLOPE)
+    to = torch.cat([h[r[2]] @ weight.T for r, weight in zip(relations, scoring, strict=True)])
+    along = (edges.attr[:, None] * scoring_edge[edges.relation]).sum(2)
+    score = F.leaky_relu(by[edges.source] + to[edges.into] + along, SLOPE)
     share = segment_softmax(score, edges.into, edges.rows) / edges.relations[edges.target, None]
     arrived = segment_sum((sent[edges.source] * share[:, :, None]).flatten(1), edges.target, len(edges.relations))
     biases = _per_type(shape, depth, edges.counts, layer.bias)

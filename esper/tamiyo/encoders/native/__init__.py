@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +17,26 @@ import torch
 from torch import Tensor
 
 from esper.graph import GraphBatch, Layout
-from esper.runtime.native import library
+from esper.runtime.native import call, fields, library, parts
 from esper.tamiyo.encoders.parameters import Parameters, Shape
 
 _TILE = 32
 
 
-def _fields(**groups: str) -> list[tuple[str, Any]]:
-    kinds = {"integers": ctypes.c_int64, "pointers": ctypes.c_void_p}
-    return [(name, kinds[kind.rstrip("_")]) for kind, names in groups.items() for name in names.split()]
-
-
 class _Parameter(ctypes.Structure):
-    _fields_ = _fields(pointers="value gradient")
+    _fields_ = fields(pointers="value gradient")
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *_fields(integers="in_ out attends", pointers="rows computed"),
+        *fields(integers="in_ out attends", pointers="rows computed"),
         *((name, _Parameter) for name in ("weight", "root", "bias", "by", "to", "along")),
-        *_fields(pointers="skip_weight skip_bias"),
+        *fields(pointers="skip_weight skip_bias"),
     ]
 
 
 class _Graphs(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = fields(
         integers="types relations layers heads nodes features cells attributes batch",
         pointers="type relation layer input_weight input_bias gain shift x attr mask out out_gradient",
     )
@@ -105,15 +98,7 @@ def _parameters(encoder: Parameters, plan: _Plan) -> Iterator[Tensor]:
         mean = plan.means[depth]
         bias = mean @ layer.bias
         if plan.shape.attends(depth):
-
-            def folded(weight: Tensor, score: Tensor) -> Tensor:
-                split = weight.unflatten(2, score.shape[1:])
-                return torch.einsum("rihc,rhc->rhi", split, score).contiguous()
-
-            yield from (layer.source, bias)
-            yield folded(layer.source, layer.att_source)
-            yield folded(layer.target, layer.att_target)
-            yield folded(layer.edge, layer.att_edge)
+            yield from (layer.source, bias, *layer.folded())
         else:
             yield from (layer.neighbour, bias)
             yield (mean @ layer.root.flatten(1)).view(-1, *layer.root.shape[1:])
@@ -181,14 +166,6 @@ def _graphs(
     return structure, [kept, layers]
 
 
-def _parts(batch: int) -> list[tuple[int, int]]:
-    """Ranges of graphs, whole tiles each, for as many threads as torch would use."""
-    tiles = -(-batch // _TILE)
-    threads = max(min(torch.get_num_threads(), tiles), 1)
-    edges = [min(tiles * i // threads * _TILE, batch) for i in range(threads + 1)]
-    return [(a, b) for a, b in pairwise(edges) if a < b]
-
-
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, x: Tensor, attr: Tensor, mask: Tensor, *parameters: Tensor) -> Tensor:
@@ -198,7 +175,7 @@ class _Encode(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *parameters)
         out = x.new_zeros(len(x), plan.layout.size, plan.shape.hidden[-1])
         graphs, kept = _graphs(plan, tensors, parameters, None, out=out)
-        _run("esper_encode", [(graphs, part) for part in _parts(len(x))])
+        call(_kernel("esper_encode"), [((graphs,), part) for part in parts(len(x), _TILE)])
         del kept
         return out
 
@@ -207,38 +184,23 @@ class _Encode(torch.autograd.Function):
         plan, saved = ctx.plan, ctx.saved_tensors
         tensors, parameters = saved[:3], saved[3:]
         back = gradients[0].contiguous()
-        parts = _parts(len(back))
+        ranges = parts(len(back), _TILE)
         sizes = [parameter.numel() for parameter in parameters]
         # Each thread adds to a copy of its own.
-        flat = back.new_zeros(max(len(parts), 1), sum(sizes))
+        flat = back.new_zeros(max(len(ranges), 1), sum(sizes))
         work, alive = [], []
-        for own, part in zip(flat, parts, strict=False):
+        for own, part in zip(flat, ranges, strict=False):
             pieces = list(own.split(sizes))
             graphs, kept = _graphs(plan, tensors, parameters, pieces, out_gradient=back)
-            work.append((graphs, part))
+            work.append(((graphs,), part))
             alive.append(kept)
-        _run("esper_encode_backward", work)
+        call(_kernel("esper_encode_backward"), work)
         whole = flat[0] if len(flat) == 1 else flat.sum(0)
         found = [piece.view_as(p) for piece, p in zip(whole.split(sizes), parameters, strict=True)]
         return None, None, None, None, *found
 
 
-def _run(name: str, work: list[tuple[_Graphs, tuple[int, int]]]) -> None:
+def _kernel(name: str) -> Any:
     found = library(Path(__file__).parent)
     assert not isinstance(found, str), found
-    function = getattr(found, name)
-
-    def one(job: tuple[_Graphs, tuple[int, int]]) -> None:
-        graphs, (first, last) = job
-        function(ctypes.byref(graphs), ctypes.c_int64(first), ctypes.c_int64(last))
-
-    if len(work) > 1:
-        list(_pool(len(work)).map(one, work))
-    else:
-        for job in work:
-            one(job)
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="esper-encoder")
+    return getattr(found, name)
