@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from esper.growth.lifecycle import Event, legal
+from esper.growth.lifecycle import LEGAL, Event
 from esper.growth.population import Population
 from esper.growth.state import PopulationState
 
@@ -39,6 +39,9 @@ EVENT = {
     Verb.FOSSILIZE: Event.FOSSILIZE,
     Verb.CULL: Event.CULL,
 }
+
+
+_EVENTS = torch.tensor([EVENT.get(verb, Event.GERMINATE) for verb in Verb])  # [verb]; WAIT's is not read
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,15 @@ class ActionLayout:
     def mask(self, population: PopulationState) -> Tensor:
         """bool [N, size]: what the transition table allows, where the host has such a slot, has seeds left, and the
         blueprint fits; WAIT is always legal."""
-        stage = population.lifecycle.stage
-        parts = [torch.ones_like(stage[:, :1], dtype=torch.bool)]
-        for verb, count in self.choices.items():
-            allowed = legal(stage, EVENT[verb])[:, :, None].expand(-1, -1, count)
-            if verb == Verb.GERMINATE:
-                allowed = allowed & population.germinable()
-            parts.append(allowed.flatten(1))
-        return torch.cat(parts, dim=1)
+        verb, slot, _ = self.table()
+        allowed = LEGAL[population.lifecycle.stage[:, slot], _EVENTS[verb]]
+        self.germinations(allowed).logical_and_(population.germinable())
+        allowed[:, WAIT] = True
+        return allowed
+
+    def germinations(self, actions: Tensor) -> Tensor:
+        """What `actions` [N, size] says of every germination: a view [N, slots, blueprints]."""
+        return actions[:, 1 : 1 + self.slots * self.blueprints].unflatten(1, (self.slots, self.blueprints))
 
     def execute(self, population: Population, actions: Tensor) -> Tensor:
         """Carries out `actions` (int64 [N], on the CPU); returns their verbs [N].

@@ -49,12 +49,15 @@ _ILLEGAL = -1
 # [stage, event] -> next stage, or _ILLEGAL
 _NEXT = torch.tensor([[TRANSITIONS.get((s, e), _ILLEGAL) for e in Event] for s in Stage])
 
+LEGAL = _NEXT != _ILLEGAL
+"""bool [stage, event], what the transition table has; on the CPU."""
+
 NO_BLUEPRINT = -1
 
 
 def legal(stage: Tensor, event: Event) -> Tensor:
     """bool, the shape of `stage`: where the table has a transition for `event`."""
-    return _NEXT.to(stage.device)[:, event][stage] != _ILLEGAL
+    return LEGAL.to(stage.device)[stage, event]
 
 
 def is_live(stage: Tensor) -> Tensor:

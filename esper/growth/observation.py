@@ -1,20 +1,21 @@
-"""From a population's stacked statistics to a GraphBatch, without a loop over hosts, nodes or edges."""
+"""From a population's stacked statistics to a GraphBatch, without a loop over hosts, nodes or edges.
+
+Operations are few rather than short: on this many small tensors each costs about the same.
+"""
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from esper.graph import GraphBatch, Layout, Packed
-from esper.graph.schema import ACTIVATION_KINDS, LAYER_KINDS, SCHEMA
+from esper.graph.schema import SCHEMA
 from esper.graph.space import BOUND
 from esper.growth.actions import ActionLayout
-from esper.growth.lifecycle import Event, Stage, is_kept, is_live, legal
+from esper.growth.lifecycle import Stage, is_kept, is_live
 from esper.growth.population import Population
-from esper.growth.topology import edge_masks, nodes
+from esper.growth.sizes import SizeTables, log
+from esper.growth.topology import nodes
 
 SLOPE_SCALE = 10
 """The observation holds the slope of the log validation loss per epoch times this."""
@@ -22,12 +23,11 @@ SLOPE_SCALE = 10
 SEEDS_SCALE = 4
 """The observation holds the germinations that are left, at most 8, over this."""
 
+Features = dict[tuple[str, str], Tensor]
+"""(node type, feature) -> float32 [n, nodes], or [n, nodes, m] for as many features from that one on."""
+
 _SLOPE_EPOCHS = 3
 _TINY = 1e-8
-
-
-def _log(x: Tensor) -> Tensor:
-    return x.clamp(min=_TINY).log()
 
 
 class Observer:
@@ -40,216 +40,145 @@ class Observer:
 
     def __init__(self, population: Population, horizon: int):
         self.population, self.horizon = population, horizon
-        p, spec = population, population.spec
-        self.layout = ActionLayout(p.slots, len(p.catalogue))
-        self._layout = Layout.of(SCHEMA, nodes(p.slots, len(p.catalogue)))
-        self._edge_masks = edge_masks(self._layout)
-        widths = range(spec.width + 1)
-        self._fans = torch.tensor([spec.fans(max(w, 1)) for w in widths], dtype=torch.float32)  # [width + 1, L, 2]
-        flags = [[b.mixes_tokens, b.gated, b.residual, b.widens] for b in p.catalogue]
-        self._flags = torch.tensor(flags, dtype=torch.float32)  # [K, 4]
-        kinds = ["linear" if spec.taps == 1 else "conv"] * spec.layers
-        kinds[0] = kinds[-1] = "linear"
-        index = torch.tensor([LAYER_KINDS.index(kind) for kind in kinds])
-        self._layer_kinds = F.one_hot(index, len(LAYER_KINDS)).float()
-        relu = F.one_hot(torch.tensor(ACTIVATION_KINDS.index("relu")), len(ACTIVATION_KINDS)).float()
-        self._activation_kinds = relu.expand(p.slots, -1)
-        self._numbers = torch.arange(len(p.catalogue))
-        self._fixed = self._fixed_attributes()
+        self.layout = ActionLayout(population.slots, len(population.catalogue))
+        self._layout = Layout.of(SCHEMA, nodes(population.slots, len(population.catalogue)))
+        self._tables = SizeTables(population, self._layout)
+        self._numbers = torch.arange(len(population.catalogue))
+        self._stages = torch.eye(len(Stage), device=population.device)
+        self._places: Tensor | None = None  # of the features that change, in x
 
     def __call__(self) -> GraphBatch:
         """The observation of every host after the last evaluation: N graphs, features in [-BOUND, BOUND]."""
-        p = self.population
-        n, depth, width = p.hosts, p.context.depth, p.context.width
-        self._exists = p.layer_exists()  # bool [n, L]
-        self._sizes = p.layer_sizes[width] * self._exists  # [n, L] parameters
-        self._at = self._depths(depth)  # [n, L]
-        features = {
-            "global": self._global(),
-            "layer": self._layer(),
-            "activation": self._activation(),
-            "parameter": self._parameter(),
-            "slot": self._slot(),
-            "blueprint": self._blueprint(),
-        }
-        stage, one = self._exists[:, 1:-1], torch.ones(n, 1, dtype=torch.bool)
-        exists = {"layer": self._exists, "activation": stage, "slot": stage}
-        exists["blueprint"] = one.expand(-1, len(p.catalogue))
-        node_mask = torch.cat([exists.get(node, one) for node in self._layout.counts], dim=1)
-        x = torch.zeros(n, self._layout.size, self._layout.features, device=p.device)
-        for node, value in features.items():
-            x[:, self._layout.nodes[node], : value.shape[2]] = value
-        node_mask = p.moved(node_mask)
-        x = x.nan_to_num_(nan=BOUND).clamp_(-BOUND, BOUND).mul_(node_mask[..., None])
-        mask = self._edge_masks[depth]
-        attr = self._attributes().mul_(mask[..., None])
-        packed = Packed(self._layout, x, node_mask, p.moved(attr), p.moved(mask))
-        return GraphBatch.of(packed, p.moved(self.layout.mask(p)))
+        p, tables = self.population, self._tables
+        row = tables.row(p.context.depth, p.context.width)
+        node_mask, mask, x = p.moved(tables.node_mask[row]), tables.edge_mask[row], p.moved(tables.x[row])
+        actions = self.layout.mask(p)
+        attr = self._attributes(row, actions).mul_(mask[..., None])
+        self._write(x, self._changing(row))
+        x.nan_to_num_(nan=BOUND).clamp_(-BOUND, BOUND).mul_(node_mask[..., None])
+        return GraphBatch.of(Packed(self._layout, x, node_mask, p.moved(attr), p.moved(mask)), p.moved(actions))
 
-    def _depths(self, depth: Tensor) -> Tensor:
-        """[n, L], how deep each layer sits: 0 for the stem, 1 for the head."""
-        layer = torch.arange(self.population.spec.layers)
-        at = layer / (depth[:, None] + 1)
-        return torch.where(layer == len(layer) - 1, 1.0, at)
-
-    def _put(self, attr: Tensor, source: str, name: str, target: str, *columns: Tensor | None) -> None:
-        """Sets attributes of a relation in attr [n, cells, attributes]; each column is [n, targets, sources], or what
-        broadcasts to it, or None for one that is left as it is."""
-        own = self._layout.of_relation(attr, (source, name, target))
-        for number, column in enumerate(columns):
-            if column is not None:
-                own[..., number] = column
-
-    def _fixed_attributes(self) -> Tensor:
-        """[depths * widths, cells, attributes], what follows from the size of a host alone, for every size there is."""
-        p = self.population
-        depths, widths = torch.arange(p.slots + 1), torch.arange(p.spec.width + 1)
-        depth, width = (grid.flatten() for grid in torch.meshgrid(depths, widths, indexing="ij"))
-        stage = torch.arange(p.slots) < depth[:, None]
-        ends = torch.ones(len(depth), 1, dtype=torch.bool)
-        sizes = p.layer_sizes[width] * torch.cat([ends, stage, ends], dim=1)
-        at, fans = self._depths(depth), self._fans[width]
-        ratio = _log(fans[:, :, 1] / fans[:, :, 0])
-        whole = sizes.sum(1, keepdim=True)
-        cost = torch.log1p(p.seed_sizes[width] / whole)[:, None].expand(-1, p.slots, -1)  # [sizes, S, K]
-        attr = torch.zeros(len(depth), self._layout.cells, self._layout.attributes)
-        self._put(attr, "layer", "feeds", "layer", at[:, :, None] - at[:, None], ratio[:, :, None])
-        self._put(attr, "layer", "feeds", "activation", at[:, None], ratio[:, None])
-        self._put(attr, "activation", "feeds", "layer", at[:, :, None], ratio[:, :, None])
-        self._put(attr, "parameter", "tunes", "layer", (sizes / whole)[:, :, None])
-        before = at[:, 1:-1]  # of the layer in front of each slot
-        self._put(attr, "slot", "precedes", "slot", before[:, :, None] - before[:, None])
-        self._put(attr, "blueprint", "fits", "slot", None, cost)
-        self._put(attr, "slot", "fits", "blueprint", None, cost.transpose(1, 2))
-        for node in self._layout.counts:
-            if node != "global":
-                self._put(attr, "global", "writes", node, torch.ones(()))
-                self._put(attr, node, "informs", "global", torch.ones(()))
-        return attr.nan_to_num(nan=0.0).clamp(-BOUND, BOUND)
-
-    def _attributes(self) -> Tensor:
+    def _attributes(self, row: Tensor, actions: Tensor) -> Tensor:
         """[n, cells, attributes] on the CPU, also where there is no edge."""
-        p, lifecycle = self.population, self.population.lifecycle
-        stage, alpha, kind = lifecycle.stage, lifecycle.alpha, lifecycle.blueprint
-        attr = self._fixed[p.context.depth * (p.spec.width + 1) + p.context.width]
-        state = torch.stack([alpha, stage / len(Stage)], dim=2)
+        lifecycle, layout = self.population.lifecycle, self._layout
+        attr = self._tables.attr[row]
+        state = torch.stack([lifecycle.alpha, lifecycle.stage / len(Stage)], dim=2)
         for name in ("reads", "writes"):
-            self._layout.of_relation(attr, ("slot", name, "layer"))[..., :2] = state[:, None]
-        self._layout.of_relation(attr, ("layer", "hosts", "slot"))[..., :2] = state[:, :, None]
-        legal_here = (legal(stage, Event.GERMINATE)[:, :, None] & p.germinable()).float()
-        lives_here = alpha[:, :, None] * (kind[:, :, None] == self._numbers)  # [n, S, K]
-        self._put(attr, "blueprint", "fits", "slot", legal_here, None, lives_here)
-        both = legal_here.transpose(1, 2), None, lives_here.transpose(1, 2)
-        self._put(attr, "slot", "fits", "blueprint", *both)
+            layout.of_relation(attr, ("slot", name, "layer"))[..., :2] = state[:, None]
+        layout.of_relation(attr, ("layer", "hosts", "slot"))[..., :2] = state[:, :, None]
+        legal = self.layout.germinations(actions)  # [n, S, K]
+        lives = lifecycle.alpha[:, :, None] * (lifecycle.blueprint[:, :, None] == self._numbers)
+        fits = torch.stack([legal, lives], dim=3)
+        layout.of_relation(attr, ("blueprint", "fits", "slot"))[..., ::2] = fits
+        layout.of_relation(attr, ("slot", "fits", "blueprint"))[..., ::2] = fits.transpose(1, 2)
         return attr
 
-    # ---- node features, in the order of the schema ----------------------------------------------------------------
+    # ---- node features --------------------------------------------------------------------------------------------
 
-    def _known(self) -> Tensor:
-        """float32 [n, 1]: 1 once a host has been trained."""
-        return self.population.moved((self.population.epoch > 0).float())[:, None]
+    def _write(self, x: Tensor, features: Features) -> None:
+        """Sets `features` in x [n, nodes, features]."""
+        if self._places is None:
+            number = torch.arange(self._layout.size * self._layout.features).view(self._layout.size, -1)
+            places = []
+            for (node, name), value in features.items():
+                first, count = SCHEMA.feature(node, name), value.shape[2] if value.dim() == 3 else 1
+                places.append(number[self._layout.nodes[node], first : first + count].flatten())
+            self._places = self.population.moved(torch.cat(places))
+        x.flatten(1).index_copy_(1, self._places, torch.cat([value.flatten(1) for value in features.values()], dim=1))
 
-    def _global(self) -> Tensor:
+    def _changing(self, row: Tensor) -> Features:
+        """What changes from epoch to epoch; nothing is bounded yet."""
         p, s = self.population, self.population.statistics
-        fraction = p.epoch / self.horizon
-        trained = self._known().squeeze(1)
-        validation, log_validation = s.history[:, 0], _log(s.history[:, 0])
-        sloped = (s.history_length > _SLOPE_EPOCHS).float()
-        slope = (log_validation - _log(s.history[:, _SLOPE_EPOCHS])) / _SLOPE_EPOCHS * SLOPE_SCALE
-        stage, context = p.lifecycle.stage, p.context
-        size = self._sizes.sum(1)
-        columns = [
-            fraction,
-            1 - fraction,
-            _log(s.train_loss) * trained,
-            trained,
-            log_validation,
-            (validation - s.train_loss) * trained,
-            trained,
-            slope * sloped,
-            sloped,
-            context.learning_rate.log10() + 2.5,
-            context.train_size.float().log10() - 2.5,
-            torch.log1p(p.seed_parameters(is_kept(stage)) / size),
-            p.extra_flops / (self.horizon * p.host_flops()),
-            is_live(stage).sum(1) / context.depth.clamp(min=1),
-            (context.seeds - p.germinated).clamp(max=2 * SEEDS_SCALE) / SEEDS_SCALE,
-            context.priced.float(),
+        trained = p.moved(p.epoch > 0).float()[:, None]  # [n, 1], 1 once a host has been trained
+        # All that is a logarithm of a statistic of training, at once.
+        raw = [
+            s.layer_gradient_rms,
+            s.layer_update_rms / (s.layer_weight_rms + _TINY),
+            s.activation_backward_rms,
+            s.growth_gradient,
+            s.seed_gradient_rms,
+            s.update_rms[:, None],
+            s.train_loss[:, None],
         ]
-        return torch.stack([p.moved(column) for column in columns], dim=1)[:, None]
+        logs = log(torch.cat(raw, dim=1)) * trained
+        gradient, update, backward, growth, seed, parameter, loss = logs.split([part.shape[1] for part in raw], dim=1)
+        layer, stage, fives, known = (
+            trained.expand_as(gradient),
+            trained.expand_as(backward),
+            5 * trained,
+            s.fared_known,
+        )
+        return {
+            **self._global(row, trained, loss),
+            ("layer", "weight_rms"): s.layer_weight_rms,
+            ("layer", "log_gradient_rms"): (gradient + fives) / 2,
+            ("layer", "log_gradient_rms_known"): layer,
+            ("layer", "log_update_ratio"): update + fives,
+            ("layer", "log_update_ratio_known"): layer,
+            ("layer", "gradient_signal_to_noise"): s.layer_signal_to_noise * trained,
+            ("layer", "gradient_signal_to_noise_known"): layer,
+            ("activation", "dead_fraction"): s.activations,  # and the four behind it
+            ("activation", "log_backward_rms"): (backward + 8 * trained) / 2,
+            ("activation", "log_backward_rms_known"): stage,
+            ("parameter", "log_learning_rate"): p.moved(p.context.learning_rate.log10() + 2.5)[:, None],
+            ("parameter", "log_update_rms"): parameter + 6 * trained,
+            ("parameter", "log_update_rms_known"): trained,
+            **self._slot((growth + 3 * trained) / 2, (seed + fives) / 2, stage),
+            ("blueprint", "fared"): s.fared * known,
+            ("blueprint", "fared_known"): known.float(),
+        }
 
-    def _layer(self) -> Tensor:
-        p, s = self.population, self.population.statistics
-        trained = self._known().expand_as(s.layer_gradient_rms)
-        fans = self._fans[p.context.width]
-        fixed = [
-            self._at[:, :, None],
-            self._layer_kinds.expand(p.hosts, -1, -1),
-            _log(fans) / math.log(64),
-            _log(self._sizes)[:, :, None] / math.log(1000),
-        ]
-        columns = [
-            s.layer_weight_rms,
-            (_log(s.layer_gradient_rms) + 5) / 2 * trained,
-            trained,
-            (_log(s.layer_update_rms / (s.layer_weight_rms + _TINY)) + 5) * trained,
-            trained,
-            s.layer_signal_to_noise * trained,
-            trained,
-        ]
-        return torch.cat([p.moved(torch.cat(fixed, dim=2)), torch.stack(columns, dim=2)], dim=2)
+    def _global(self, row: Tensor, trained: Tensor, loss: Tensor) -> Features:
+        p, s, context = self.population, self.population.statistics, self.population.context
+        fraction, live = p.epoch / self.horizon, is_live(p.lifecycle.stage)
+        now, before = log(s.history[:, : _SLOPE_EPOCHS + 1 : _SLOPE_EPOCHS]).split(1, dim=1)
+        sloped = (s.history_length > _SLOPE_EPOCHS).float()[:, None]
+        slope = (now - before) / _SLOPE_EPOCHS * SLOPE_SCALE
+        on_cpu = {
+            "epoch_fraction": fraction,
+            "remaining_fraction": 1 - fraction,
+            "log_learning_rate": context.learning_rate.log10() + 2.5,
+            "log_train_size": context.train_size.float().log10() - 2.5,
+            "log_parameter_growth": torch.log1p(
+                p.seed_parameters(is_kept(p.lifecycle.stage)) / self._tables.parameters[row]
+            ),
+            "extra_flops_ratio": p.extra_flops / (self.horizon * self._tables.flops[row]),
+            "live_fraction": live.sum(1) / context.depth.clamp(min=1),
+            "seeds_left": (context.seeds - p.germinated).clamp(max=2 * SEEDS_SCALE) / SEEDS_SCALE,
+            "priced": context.priced.float(),
+        }
+        moved = p.moved(torch.stack(tuple(on_cpu.values()), dim=1)).split(1, dim=1)
+        return {
+            **{("global", name): value for name, value in zip(on_cpu, moved, strict=True)},
+            ("global", "log_train_loss"): loss,
+            ("global", "log_train_loss_known"): trained,
+            ("global", "log_validation_loss"): now,
+            ("global", "generalisation_gap"): (s.history[:, 0] - s.train_loss)[:, None] * trained,
+            ("global", "generalisation_gap_known"): trained,
+            ("global", "slope"): slope * sloped,
+            ("global", "slope_known"): sloped,
+        }
 
-    def _activation(self) -> Tensor:
-        p, s = self.population, self.population.statistics
-        trained = self._known().expand_as(s.activation_backward_rms)
-        backward = (_log(s.activation_backward_rms) + 8) / 2 * trained
-        kinds = p.moved(self._activation_kinds).expand(p.hosts, -1, -1)
-        return torch.cat([kinds, s.activations, torch.stack([backward, trained], dim=2)], dim=2)
-
-    def _parameter(self) -> Tensor:
-        p = self.population
-        trained = self._known().squeeze(1)
-        constant = torch.ones_like(trained)
-        columns = [
-            p.moved(p.context.learning_rate.log10() + 2.5),
-            constant * p.training.beta1,
-            constant * 0.0,
-            (_log(p.statistics.update_rms) + 6) * trained,
-            trained,
-            p.moved(_log(self._sizes.sum(1)) / math.log(1000)),
-        ]
-        return torch.stack(columns, dim=1)[:, None]
-
-    def _slot(self) -> Tensor:
+    def _slot(self, growth: Tensor, seed: Tensor, trained: Tensor) -> Features:
         p, s = self.population, self.population.statistics
         stage, epochs = p.moved(p.lifecycle.stage), p.moved(p.lifecycle.epochs)
         embargo = max(p.lifecycle_spec.embargo_epochs, 1)
+        live = is_live(stage)
         # A seed that has just been germinated has had no gradient yet.
-        driven = (is_live(stage) & (p.seed_steps > 0)).float()
-        live = is_live(stage).float()
+        driven, living = (live & (p.seed_steps > 0)).float(), live.float()
         contribution = s.contribution_known.float()
-        trained = self._known().expand_as(live)
-        columns = [
-            p.moved(p.lifecycle.alpha),
-            epochs / self.horizon,
-            (_log(s.growth_gradient) + 3) / 2 * trained,
-            trained,
-            (_log(s.seed_gradient_rms) + 5) / 2 * driven,
-            driven,
-            s.contribution * contribution,
-            contribution,
-            s.contribution_age / self.horizon * contribution,
-            (s.history[:, :1] - s.germination_loss) * live,
-            live,
-            (embargo - epochs) / embargo * (stage == Stage.EMBARGOED),
-        ]
-        return torch.cat([F.one_hot(stage, len(Stage)).float(), torch.stack(columns, dim=2)], dim=2)
-
-    def _blueprint(self) -> Tensor:
-        p, s = self.population, self.population.statistics
-        width = p.context.width
-        sizes = _log(p.seed_sizes[width] / self._sizes.sum(1, keepdim=True))
-        flops = _log(p.seed_flops[width] / p.host_flops()[:, None])
-        fixed = torch.cat([torch.stack([sizes, flops], dim=2), self._flags.expand(p.hosts, -1, -1)], dim=2)
-        known = s.fared_known.float()
-        return torch.cat([p.moved(fixed), torch.stack([s.fared * known, known], dim=2)], dim=2)
+        return {
+            ("slot", "is_dormant"): self._stages[stage],  # and the others
+            ("slot", "alpha"): p.moved(p.lifecycle.alpha),
+            ("slot", "epochs_in_stage"): epochs / self.horizon,
+            ("slot", "log_growth_gradient"): growth,
+            ("slot", "log_growth_gradient_known"): trained,
+            ("slot", "log_seed_gradient_rms"): seed * driven,
+            ("slot", "log_seed_gradient_rms_known"): driven,
+            ("slot", "contribution"): s.contribution * contribution,
+            ("slot", "contribution_known"): contribution,
+            ("slot", "contribution_age"): s.contribution_age / self.horizon * contribution,
+            ("slot", "change_since_germination"): (s.history[:, :1] - s.germination_loss) * living,
+            ("slot", "change_since_germination_known"): living,
+            ("slot", "embargo_left"): (embargo - epochs) / embargo * (stage == Stage.EMBARGOED),
+        }

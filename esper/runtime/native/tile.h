@@ -52,14 +52,16 @@ inline void add(Row* to, const Row* from, int64_t count, float factor = 1.0f) {
     for (int c = 0; c < CHUNKS; ++c) to[i].part[c] += factor * from[i].part[c];
 }
 
-// Hands out rows of one block of memory; without a block it only counts them.
+// Hands out rows of one block of memory, its own or at `base`; without a block it only counts them.
 class Arena {
  public:
+  explicit Arena(Row* base = nullptr) : base_(base) {}
   Row* take(int64_t count) {
     used_ += count;
     return base_ ? base_ + used_ - count : nullptr;
   }
   float* floats(int64_t count) { return reinterpret_cast<float*>(take((count + LANES - 1) / LANES)); }
+  int64_t used() const { return used_; }
   void restart(bool allocate) {
     if (allocate && used_ > size_) {
       memory_.resize(used_ * sizeof(Row) + 64);
@@ -71,7 +73,7 @@ class Arena {
 
  private:
   std::vector<char> memory_;
-  Row* base_ = nullptr;
+  Row* base_;
   int64_t used_ = 0, size_ = 0;
 };
 

@@ -53,9 +53,7 @@ def column(graph: GraphBatch, node: str, name: str) -> Tensor:
 
 def germinable(graph: GraphBatch) -> Tensor:
     """Bool [N, slots, blueprints]: which germinations are legal."""
-    numbering = layout(graph)
-    count = numbering.slots * numbering.blueprints
-    return graph.action_mask[:, 1 : 1 + count].view(-1, numbering.slots, numbering.blueprints)
+    return layout(graph).germinations(graph.action_mask)
 
 
 def germination(graph: GraphBatch, slot: Tensor, blueprint: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """The encoder for CPUs in C++: one tile of 32 graphs after the other, each in a core's cache, compiled at first use.
 
 Arithmetic runs over the graphs of a tile, so that few nodes, few heads and narrow layers still fill whole vectors, and
-edges that no graph of a tile has cost nothing. Nothing is kept between the forward and the backward pass but the
-inputs: the backward pass runs a tile forward again while it is in the cache.
+edges that no graph of a tile has cost nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from esper.graph import GraphBatch, Layout
 from esper.runtime.native import call, fields, library, parts
@@ -38,7 +38,7 @@ class _Layer(ctypes.Structure):
 class _Graphs(ctypes.Structure):
     _fields_ = fields(
         integers="types relations layers heads nodes features cells attributes batch",
-        pointers="type relation layer input_weight input_bias gain shift x attr mask out out_gradient",
+        pointers="type relation layer input_weight input_bias gain shift x attr mask out out_gradient kept",
     )
 
 
@@ -140,10 +140,11 @@ def _graphs(
     gradients: list[Tensor] | None,
     out: Tensor | None = None,
     out_gradient: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[_Graphs, list[Any]]:
     found = [None] * len(parameters) if gradients is None else [g.data_ptr() for g in gradients]
     pairs = [_Parameter(p.data_ptr(), g) for p, g in zip(parameters, found, strict=True)]
-    (layers, inputs), kept = _described(plan, pairs)
+    (layers, inputs), alive = _described(plan, pairs)
     layout, (x, attr, mask) = plan.layout, tensors
     structure = _Graphs(
         len(layout.types),
@@ -161,9 +162,9 @@ def _graphs(
         *(ctypes.addressof(array) for array in inputs),
         *(value.data_ptr() for value in (x, attr, mask)),
         None if out is None else out.data_ptr(),
-        None if out_gradient is None else out_gradient.data_ptr(),
+        *(None if value is None else value.data_ptr() for value in (out_gradient, kept)),
     )
-    return structure, [kept, layers]
+    return structure, [alive, layers]
 
 
 class _Encode(torch.autograd.Function):
@@ -171,15 +172,21 @@ class _Encode(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, x: Tensor, attr: Tensor, mask: Tensor, *parameters: Tensor) -> Tensor:
         tensors = x.contiguous(), attr.contiguous(), mask.contiguous()
         parameters = tuple(parameter.contiguous() for parameter in parameters)
-        ctx.plan = plan
-        ctx.save_for_backward(*tensors, *parameters)
         out = x.new_zeros(len(x), plan.layout.size, plan.shape.hidden[-1])
-        graphs, kept = _graphs(plan, tensors, parameters, None, out=out)
+        kept = None
+        if any(ctx.needs_input_grad):
+            graphs, alive = _graphs(plan, tensors, parameters, None)
+            rows = _kernel("esper_encoder_rows")(ctypes.byref(graphs))
+            kept = x.new_empty(-(-len(x) // _TILE), rows, _TILE)
+        graphs, alive = _graphs(plan, tensors, parameters, None, out=out, kept=kept)
         call(_kernel("esper_encode"), [((graphs,), part) for part in parts(len(x), _TILE)])
-        del kept
+        del alive
+        ctx.plan, ctx.kept = plan, kept
+        ctx.save_for_backward(*tensors, *parameters)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         plan, saved = ctx.plan, ctx.saved_tensors
         tensors, parameters = saved[:3], saved[3:]
@@ -191,9 +198,9 @@ class _Encode(torch.autograd.Function):
         work, alive = [], []
         for own, part in zip(flat, ranges, strict=False):
             pieces = list(own.split(sizes))
-            graphs, kept = _graphs(plan, tensors, parameters, pieces, out_gradient=back)
+            graphs, others = _graphs(plan, tensors, parameters, pieces, out_gradient=back, kept=ctx.kept)
             work.append(((graphs,), part))
-            alive.append(kept)
+            alive.append(others)
         call(_kernel("esper_encode_backward"), work)
         whole = flat[0] if len(flat) == 1 else flat.sum(0)
         found = [piece.view_as(p) for piece, p in zip(whole.split(sizes), parameters, strict=True)]
@@ -203,4 +210,6 @@ class _Encode(torch.autograd.Function):
 def _kernel(name: str) -> Any:
     found = library(Path(__file__).parent)
     assert not isinstance(found, str), found
-    return getattr(found, name)
+    function = getattr(found, name)
+    function.restype = ctypes.c_int64 if name == "esper_encoder_rows" else None
+    return function

@@ -1,5 +1,5 @@
-// The encoder on one tile of graphs after the other: forward, and backward by running forward again. What is computed is
-// what esper/tamiyo/encoders/dense.py computes. The structures are those of engine.py, field by field.
+// The encoder on one tile of graphs after the other, forward and backward. What is computed is what
+// esper/tamiyo/encoders/dense.py computes. The structures are those of __init__.py, field by field.
 
 #pragma once
 
@@ -54,6 +54,7 @@ struct Graphs {
   const uint8_t* mask;       // [batch, cells]
   float* out;                // [batch, nodes, out of the last layer]; types that are not computed stay as they are
   const float* out_gradient;
+  float* kept;               // what the backward pass needs of all tiles (see esper_encoder_rows), or null
 };
 }
 
@@ -82,24 +83,42 @@ inline V gelu_slope(V x) {
 // One tile of up to LANES graphs. Rows are numbered [node][unit].
 class Tile {
  public:
-  Tile(const Graphs& g, Arena& arena) : g(g) {
-    arena.restart(false);
-    lay_out(arena);
-    arena.restart(true);
-    lay_out(arena);
+  explicit Tile(const Graphs& g) : g(g) {
+    Arena count;
+    hold(count);
+    rows_ = count.used();
+    for (const bool allocate : {false, true}) {
+      arena_.restart(allocate);
+      Row* own = g.kept ? nullptr : arena_.take(rows_);
+      lay_out();
+      if (!allocate || g.kept) continue;
+      Arena held(own);
+      hold(held);
+    }
   }
 
-  void load(int64_t first) {
+  // Rows of a tile that the backward pass needs.
+  int64_t rows() const { return rows_; }
+
+  // Turns to the tile that starts at graph `first`.
+  void open(int64_t first) {
     first_ = first;
     lanes_ = int(std::min<int64_t>(LANES, g.batch - first));
-    transpose(x_, g.x + first * g.nodes * g.features, nullptr, lanes_, g.nodes * g.features);
+    if (g.kept) {
+      Arena held(reinterpret_cast<Row*>(g.kept) + first / LANES * rows_);
+      hold(held);
+    }
     std::fill(active_.begin(), active_.end(), 0);
     for (int lane = 0; lane < lanes_; ++lane)
       for (int64_t c = 0; c < g.cells; ++c) active_[c] |= g.mask[(first + lane) * g.cells + c];
-    // Only of edges that some graph of the tile has.
     cells_.clear();
     for (int64_t c = 0; c < g.cells; ++c)
       if (active_[c]) cells_.push_back(c);
+  }
+
+  void load(int64_t first) {
+    open(first);
+    transpose(x_, g.x + first * g.nodes * g.features, nullptr, lanes_, g.nodes * g.features);
     for (const int64_t c : cells_) {
       fill(mask_ + c, 1, 0.0f);
       fill(attr_ + c * g.attributes, g.attributes, 0.0f);
@@ -180,8 +199,9 @@ class Tile {
     }
   }
 
-  // Adds to the gradients of all parameters; after `forward` on the same tile.
-  void backward() {
+  // Adds to the gradients of all parameters; the tile that starts at `first` has been run forward.
+  void backward(int64_t first) {
+    open(first);
     const Layer& last = g.layer[g.layers - 1];
     const int64_t widest = widest_;
     fill(slope(0, 0, last.out), g.nodes * last.out, 0.0f);
@@ -233,16 +253,8 @@ class Tile {
   }
 
  private:
-  void lay_out(Arena& arena) {
-    widest_ = 0;
-    int64_t most = 0;
-    for (int64_t l = 0; l < g.layers; ++l) widest_ = std::max({widest_, g.layer[l].in, g.layer[l].out});
-    ends_.assign(g.types, 0);
-    for (int64_t r = 0; r < g.relations; ++r) {
-      ends_[g.relation[r].target] += 1;
-      most = std::max({most, g.type[g.relation[r].source].count, g.type[g.relation[r].target].count});
-    }
-    active_.resize(g.cells);
+  // Where what the backward pass needs lies.
+  void hold(Arena& arena) {
     x_ = arena.take(g.nodes * g.features);
     attr_ = arena.take(g.cells * g.attributes);
     mask_ = arena.take(g.cells);
@@ -263,13 +275,26 @@ class Tile {
       share_[l] = arena.take(attends ? g.cells * g.heads : 0);
       score_[l] = arena.take(attends ? g.cells * g.heads : 0);
     }
-    slope_ = arena.take(g.nodes * widest_);
-    next_ = arena.take(g.nodes * widest_);
-    sent_ = arena.take(most * widest_);
-    resent_ = arena.take(most * widest_);
-    by_ = arena.take(most * g.heads);
-    to_ = arena.take(most * g.heads);
-    along_ = arena.take(g.heads * g.attributes);
+  }
+
+  // Where everything else lies.
+  void lay_out() {
+    int64_t widest = 0, most = 0;
+    for (int64_t l = 0; l < g.layers; ++l) widest = std::max({widest, g.layer[l].in, g.layer[l].out});
+    ends_.assign(g.types, 0);
+    for (int64_t r = 0; r < g.relations; ++r) {
+      ends_[g.relation[r].target] += 1;
+      most = std::max({most, g.type[g.relation[r].source].count, g.type[g.relation[r].target].count});
+    }
+    active_.resize(g.cells);
+    widest_ = widest;
+    slope_ = arena_.take(g.nodes * widest);
+    next_ = arena_.take(g.nodes * widest);
+    sent_ = arena_.take(most * widest);
+    resent_ = arena_.take(most * widest);
+    by_ = arena_.take(most * g.heads);
+    to_ = arena_.take(most * g.heads);
+    along_ = arena_.take(g.heads * g.attributes);
   }
 
   Row* h(int64_t l, int64_t t, int64_t i) const {
@@ -555,7 +580,8 @@ class Tile {
   }
 
   const Graphs& g;
-  int64_t first_ = 0, widest_ = 0;
+  Arena arena_;
+  int64_t first_ = 0, widest_ = 0, rows_ = 0;
   int lanes_ = 0;
   std::vector<int64_t> ends_;
   std::vector<uint8_t> active_;
