@@ -6,15 +6,13 @@ a layer are stacked; the backends of `esper.tamiyo.encoders` read them in their 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from esper.graph import GraphBatch, Layout
 from esper.graph.schema import GraphSchema
 from esper.tamiyo import encoders
-from esper.tamiyo.encoders import dense, pyg
+from esper.tamiyo.encoders import pyg
 from esper.tamiyo.encoders.parameters import Parameters, Shape, orthogonal_
 
 __all__ = ["Encoder", "masked_mean", "orthogonal_"]
@@ -43,13 +41,10 @@ class Encoder(Parameters):
         """Embeddings [B, n, hidden[-1]] of the node types in `read`; those of padded nodes mean nothing."""
         return encoders.forward(self, self.backend, graph)
 
-    def dense(self, layout: Layout) -> Callable[..., dict[str, Tensor]]:
-        """The dense backend for graphs of one layout as a function of what `dense.arranged` gives, to be compiled."""
-
-        def function(x: Tensor, attr: Tensor, mask: Tensor) -> dict[str, Tensor]:
-            return dense.encode(self, layout, x, attr, mask)
-
-        return function
+    def of_tensors(self, layout: Layout) -> encoders.OfTensors | None:
+        """`forward` for graphs of one layout as a function of packed x, attr and mask, which torch.compile takes whole;
+        None where the backend has no such form."""
+        return encoders.of_tensors(self, self.backend, layout, next(self.parameters()).device.type)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
-"""Tamiyo's policy: encoder, action logits and value."""
+"""Policies over graphs, and Tamiyo's: encoder, action logits and value."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from esper.graph import GraphBatch
+from esper.graph import GraphBatch, Layout
 from esper.graph.schema import SCHEMA, GraphSchema
 from esper.growth.actions import RAMPS
 from esper.runtime.errors import ConfigError
@@ -43,7 +44,59 @@ class PolicyConfig:
             raise ConfigError(f"policy.heads={self.heads}: must divide the last two of policy.hidden={self.hidden}")
 
 
-class Tamiyo(nn.Module):
+OfTensors = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class GraphPolicy(nn.Module):
+    """An actor and critic over graphs: an encoder, and heads that a subclass adds.
+
+    Attributes:
+        autocast: the type that matrix products may run in; None for float32. The actor and the update both run the
+            policy, so that they agree.
+    """
+
+    def __init__(self, config: PolicyConfig, schema: GraphSchema, read: tuple[str, ...]):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(schema, config.hidden, config.heads, read, config.backend)
+        self.autocast: torch.dtype | None = None
+
+    def heads(self, x: dict[str, Tensor], node_mask: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Action logits [B, A] and values [B] from the embeddings [B, n, D] and masks [B, n] of each node type."""
+        raise NotImplementedError
+
+    def forward(self, graph: GraphBatch) -> tuple[Tensor, Tensor]:
+        """Unmasked action logits [B, A] and values [B]; both fp32."""
+        with self._autocast(graph.device.type):
+            logits, value = self.heads(self.encoder(graph), graph.node_mask)
+        return logits.float(), value.float()
+
+    def evaluate(self, graph: GraphBatch) -> tuple[MaskedCategorical, Tensor]:
+        """The distribution over each graph's legal actions, and the values [B]."""
+        logits, value = self(graph)
+        return MaskedCategorical(logits, graph.action_mask), value
+
+    def of_tensors(self, layout: Layout) -> OfTensors | None:
+        """`forward` for graphs of one layout as a function of packed x, attr, mask and node_mask, which torch.compile
+        takes whole; None where the encoder's backend has no such form."""
+        encode = self.encoder.of_tensors(layout)
+        if encode is None:
+            return None
+        device = next(self.parameters()).device.type
+
+        def function(x: Tensor, attr: Tensor, mask: Tensor, node_mask: Tensor) -> tuple[Tensor, Tensor]:
+            with self._autocast(device):
+                masks = {node: node_mask[:, place] for node, place in layout.nodes.items()}
+                logits, value = self.heads(encode(x, attr, mask), masks)
+            return logits.float(), value.float()
+
+        return function
+
+    def _autocast(self, device: str) -> torch.autocast:
+        return torch.autocast(device, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+
+class Tamiyo(GraphPolicy):
     """Actor and critic over growth graphs of any number of layers, slots and blueprints.
 
     Args:
@@ -52,9 +105,7 @@ class Tamiyo(nn.Module):
     """
 
     def __init__(self, config: PolicyConfig, schema: GraphSchema = SCHEMA):
-        super().__init__()
-        self.config = config
-        self.encoder = Encoder(schema, config.hidden, config.heads, ("global", "slot", "blueprint"), config.backend)
+        super().__init__(config, schema, ("global", "slot", "blueprint"))
         width = config.hidden[-1]
         self.from_global = orthogonal_(nn.Linear(width, width))
         self.from_slot = orthogonal_(nn.Linear(width, width))
@@ -67,9 +118,8 @@ class Tamiyo(nn.Module):
             orthogonal_(nn.Linear(2 * width, width)), nn.GELU(), orthogonal_(nn.Linear(width, 1), _VALUE_GAIN)
         )
 
-    def forward(self, graph: GraphBatch) -> tuple[Tensor, Tensor]:
-        """Unmasked action logits [B, A], numbered as in `esper.growth.actions`, and values [B]; both fp32."""
-        x = self.encoder(graph)
+    def heads(self, x: dict[str, Tensor], node_mask: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Unmasked action logits [B, A], numbered as in `esper.growth.actions`, and values [B]."""
         whole = x["global"][:, 0]
         g = self.from_global(whole)[:, None]
         slot = self.from_slot(x["slot"]) + g  # [B, S, D]
@@ -86,10 +136,5 @@ class Tamiyo(nn.Module):
             ],
             dim=1,
         )
-        pooled = torch.cat([whole, masked_mean(x["slot"], graph.node_mask["slot"])], dim=1)
-        return logits.float(), self.value(pooled).squeeze(-1).float()
-
-    def evaluate(self, graph: GraphBatch) -> tuple[MaskedCategorical, Tensor]:
-        """The distribution over each graph's legal actions, and the values [B]."""
-        logits, value = self(graph)
-        return MaskedCategorical(logits, graph.action_mask), value
+        pooled = torch.cat([whole, masked_mean(x["slot"], node_mask["slot"])], dim=1)
+        return logits, self.value(pooled).squeeze(-1)

@@ -81,11 +81,8 @@ def _compiled(encoder: Encoder, graph: GraphBatch, backward: bool) -> tuple[Call
     """The dense backend compiled from nothing, and the seconds that its first call takes."""
     packed = graph.pack()
     torch._dynamo.reset()
-    function = torch.compile(encoder.dense(packed.layout), dynamic=False, fullgraph=True)
-
-    def call() -> dict[str, Tensor]:
-        return function(*dense.arranged(packed))
-
+    function = torch.compile(dense.of_tensors(encoder, packed.layout), dynamic=False, fullgraph=True)
+    call = partial(function, packed.x, packed.attr, packed.mask)
     with torch._inductor.utils.fresh_cache():
         start = time.perf_counter()
         _both(call, encoder) if backward else _forward(call)

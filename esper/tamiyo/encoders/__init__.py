@@ -10,10 +10,11 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 from torch import Tensor
 
-from esper.graph import GraphBatch
+from esper.graph import GraphBatch, Layout
 from esper.graph.schema import Relation
 from esper.runtime.errors import ConfigError
 from esper.tamiyo.encoders.parameters import Parameters
@@ -25,6 +26,7 @@ MOST_CELLS = 1 << 14
 """Possible edges of a graph up to which `auto` pads them."""
 
 Forward = Callable[[Parameters, GraphBatch], dict[str, Tensor]]
+OfTensors = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 
 
 @cache
@@ -34,9 +36,18 @@ def backend(name: str) -> Forward:
     Raises:
         ConfigError: no such backend.
     """
-    if name not in BACKENDS:
-        raise ConfigError(f"policy.backend={name}: no such backend; choose one of auto, {', '.join(BACKENDS)}")
-    return import_module(f"{__name__}.{name}").forward
+    return _module(name).forward
+
+
+def of_tensors(encoder: Parameters, name: str, layout: Layout, device: str) -> OfTensors | None:
+    """See Encoder.of_tensors.
+
+    Raises:
+        ConfigError: the backend cannot run here; the message says why.
+    """
+    counts, relations = tuple(layout.counts.items()), tuple(relation for relation, _, _ in layout.relations)
+    module = _module(_checked(name, device, counts, relations))
+    return module.of_tensors(encoder, layout) if hasattr(module, "of_tensors") else None
 
 
 def forward(encoder: Parameters, name: str, graph: GraphBatch) -> dict[str, Tensor]:
@@ -45,14 +56,22 @@ def forward(encoder: Parameters, name: str, graph: GraphBatch) -> dict[str, Tens
     Raises:
         ConfigError: the backend cannot run here; the message says why.
     """
+    counts = tuple((node, x.shape[1]) for node, x in graph.x.items())
+    return backend(_checked(name, graph.device.type, counts, graph.relations))(encoder, graph)
+
+
+def _module(name: str) -> Any:
+    if name not in BACKENDS:
+        raise ConfigError(f"policy.backend={name}: no such backend; choose one of auto, {', '.join(BACKENDS)}")
+    return import_module(f"{__name__}.{name}")
+
+
+def _checked(name: str, device: str, counts: tuple[tuple[str, int], ...], relations: tuple[Relation, ...]) -> str:
     if name == "auto":
-        counts = tuple((node, x.shape[1]) for node, x in graph.x.items())
-        name = chosen(graph.device.type, counts, graph.relations)
-    elif name == "native":
-        reason = _native_fails(graph.device.type)
-        if reason is not None:
-            raise ConfigError(f"policy.backend=native: {reason}; use auto")
-    return backend(name)(encoder, graph)
+        return chosen(device, counts, relations)
+    if name == "native" and (reason := _native_fails(device)) is not None:
+        raise ConfigError(f"policy.backend=native: {reason}; use auto")
+    return name
 
 
 @cache

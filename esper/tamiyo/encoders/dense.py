@@ -9,31 +9,37 @@ graphs innermost, arithmetic on few nodes and few heads still fills whole vector
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from esper.graph import GraphBatch, Layout, Packed
+from esper.graph import GraphBatch, Layout
 from esper.graph.layout import Block
 from esper.tamiyo.encoders.parameters import SLOPE, GatLayer, Parameters, SageLayer
 
 _NEVER = -1e30  # a score that leaves nothing of an edge; finite, so that rows without edges are no NaN
 
 
+def of_tensors(encoder: Parameters, layout: Layout) -> Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+    """See Encoder.of_tensors."""
+
+    def encode(x: Tensor, attr: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        x, attr, mask = x.transpose(0, 1), attr.permute(2, 1, 0), mask.T
+        return _encode(encoder, layout, x.contiguous(), attr.contiguous(), mask.contiguous())
+
+    return encode
+
+
 def forward(encoder: Parameters, graph: GraphBatch) -> dict[str, Tensor]:
     """See Encoder.forward."""
     packed = graph.pack()
-    return encode(encoder, packed.layout, *arranged(packed))
+    return of_tensors(encoder, packed.layout)(packed.x, packed.attr, packed.mask)
 
 
-def arranged(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
-    """What `encode` reads: x [nodes, B, features], attr [attributes, cells, B] and mask [cells, B]."""
-    x, attr, mask = packed.x.transpose(0, 1), packed.attr.permute(2, 1, 0), packed.mask.T
-    return x.contiguous(), attr.contiguous(), mask.contiguous()
-
-
-def encode(encoder: Parameters, layout: Layout, x: Tensor, attr: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Embeddings of the types to be read."""
+def _encode(encoder: Parameters, layout: Layout, x: Tensor, attr: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Embeddings of the types to be read, from x [nodes, B, features], attr [attributes, cells, B], mask [cells, B]."""
     shape = encoder.shape
     h = {node: encoder.inputs[node](x[layout.nodes[node], :, :features]) for node, _, features in layout.types}
     masks, attrs, means = {}, {}, {}

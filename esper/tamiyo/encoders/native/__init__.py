@@ -7,14 +7,14 @@ edges that no graph of a tile has cost nothing.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from esper.graph import GraphBatch, Layout
 from esper.runtime.native import call, fields, library, parts
@@ -69,6 +69,16 @@ class _Plan:
             self.computed.append(torch.tensor([int(node in targets) for node in places]))
             into = torch.tensor([[float(r[2] == node) for r in own] for node in places])
             self.means.append(into / into.sum(1, keepdim=True).clamp(min=1))  # [types, R]
+        self.number = len(_PLANS)
+        _PLANS.append(self)
+
+    @cached_property
+    def kept(self) -> int:
+        """Rows of a tile that the backward pass needs."""
+        graphs, alive = _graphs(self, 0, repeat(_Parameter()))
+        rows = _kernel("esper_encoder_rows")(ctypes.byref(graphs))
+        del alive
+        return rows
 
 
 @cache
@@ -77,14 +87,25 @@ def _plan(shape: Shape, layout: Layout) -> _Plan:
     return _Plan(shape, layout)
 
 
+def of_tensors(encoder: Parameters, layout: Layout) -> Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+    """See Encoder.of_tensors."""
+    plan, shape = _plan(encoder.shape, layout), encoder.shape
+
+    def encode(x: Tensor, attr: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        # Autocast must not change what the kernel reads.
+        with torch.autocast("cpu", enabled=False):
+            parameters = list(_parameters(encoder, plan))
+            keep = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+            out = torch.ops.esper.encode(x, attr, mask, parameters, plan.number, keep)[0]
+        return {node: out[:, layout.nodes[node]] for node in shape.read}
+
+    return encode
+
+
 def forward(encoder: Parameters, graph: GraphBatch) -> dict[str, Tensor]:
     """See Encoder.forward."""
-    packed, shape = graph.pack(), encoder.shape
-    plan = _plan(shape, packed.layout)
-    # Autocast must not change what the kernel reads.
-    with torch.autocast(packed.x.device.type, enabled=False):
-        out = _Encode.apply(plan, packed.x, packed.attr, packed.mask, *_parameters(encoder, plan))
-    return {node: out[:, packed.layout.nodes[node]] for node in shape.read}
+    packed = graph.pack()
+    return of_tensors(encoder, packed.layout)(packed.x, packed.attr, packed.mask)
 
 
 def _parameters(encoder: Parameters, plan: _Plan) -> Iterator[Tensor]:
@@ -107,10 +128,9 @@ def _parameters(encoder: Parameters, plan: _Plan) -> Iterator[Tensor]:
                 yield from (skips[node].weight, skips[node].bias)
 
 
-def _described(plan: _Plan, parameters: list[_Parameter]) -> tuple[Any, list[Any]]:
+def _described(plan: _Plan, taken: Iterator[_Parameter]) -> tuple[Any, list[Any]]:
     """The layers and the typed inputs for the kernel, and what must live as long."""
     shape, places = plan.shape, list(plan.layout.counts)
-    taken = iter(parameters)
     inputs = [(_Parameter * len(places))() for _ in range(4)]
     for number in range(len(places)):
         for array in inputs:
@@ -133,19 +153,10 @@ def _described(plan: _Plan, parameters: list[_Parameter]) -> tuple[Any, list[Any
     return (layers, inputs), kept
 
 
-def _graphs(
-    plan: _Plan,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    parameters: tuple[Tensor, ...],
-    gradients: list[Tensor] | None,
-    out: Tensor | None = None,
-    out_gradient: Tensor | None = None,
-    kept: Tensor | None = None,
-) -> tuple[_Graphs, list[Any]]:
-    found = [None] * len(parameters) if gradients is None else [g.data_ptr() for g in gradients]
-    pairs = [_Parameter(p.data_ptr(), g) for p, g in zip(parameters, found, strict=True)]
-    (layers, inputs), alive = _described(plan, pairs)
-    layout, (x, attr, mask) = plan.layout, tensors
+def _graphs(plan: _Plan, batch: int, parameters: Iterable[_Parameter], **tensors: Tensor) -> tuple[_Graphs, list[Any]]:
+    """What the kernel reads: `tensors` by the names of its pointers; and what must live as long."""
+    (layers, inputs), alive = _described(plan, iter(parameters))
+    layout = plan.layout
     structure = _Graphs(
         len(layout.types),
         len(layout.relations),
@@ -155,56 +166,89 @@ def _graphs(
         layout.features,
         layout.cells,
         layout.attributes,
-        len(x),
+        batch,
         plan.types.data_ptr(),
         plan.relations.data_ptr(),
         ctypes.addressof(layers),
         *(ctypes.addressof(array) for array in inputs),
-        *(value.data_ptr() for value in (x, attr, mask)),
-        None if out is None else out.data_ptr(),
-        *(None if value is None else value.data_ptr() for value in (out_gradient, kept)),
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
     )
     return structure, [alive, layers]
 
 
-class _Encode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, plan: _Plan, x: Tensor, attr: Tensor, mask: Tensor, *parameters: Tensor) -> Tensor:
-        tensors = x.contiguous(), attr.contiguous(), mask.contiguous()
-        parameters = tuple(parameter.contiguous() for parameter in parameters)
-        out = x.new_zeros(len(x), plan.layout.size, plan.shape.hidden[-1])
-        kept = None
-        if any(ctx.needs_input_grad):
-            graphs, alive = _graphs(plan, tensors, parameters, None)
-            rows = _kernel("esper_encoder_rows")(ctypes.byref(graphs))
-            kept = x.new_empty(-(-len(x) // _TILE), rows, _TILE)
-        graphs, alive = _graphs(plan, tensors, parameters, None, out=out, kept=kept)
-        call(_kernel("esper_encode"), [((graphs,), part) for part in parts(len(x), _TILE)])
-        del alive
-        ctx.plan, ctx.kept = plan, kept
-        ctx.save_for_backward(*tensors, *parameters)
-        return out
+# ---- as operators, which torch.compile takes as they are ------------------------------------------------------------
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        plan, saved = ctx.plan, ctx.saved_tensors
-        tensors, parameters = saved[:3], saved[3:]
-        back = gradients[0].contiguous()
-        ranges = parts(len(back), _TILE)
-        sizes = [parameter.numel() for parameter in parameters]
-        # Each thread adds to a copy of its own.
-        flat = back.new_zeros(max(len(ranges), 1), sum(sizes))
-        work, alive = [], []
-        for own, part in zip(flat, ranges, strict=False):
-            pieces = list(own.split(sizes))
-            graphs, others = _graphs(plan, tensors, parameters, pieces, out_gradient=back, kept=ctx.kept)
-            work.append(((graphs,), part))
-            alive.append(others)
-        call(_kernel("esper_encode_backward"), work)
-        whole = flat[0] if len(flat) == 1 else flat.sum(0)
-        found = [piece.view_as(p) for piece, p in zip(whole.split(sizes), parameters, strict=True)]
-        return None, None, None, None, *found
+_PLANS: list[_Plan] = []  # by number; operators take tensors and numbers only
+
+
+@torch.library.custom_op("esper::encode", mutates_args=())
+def _encode(
+    x: Tensor, attr: Tensor, mask: Tensor, parameters: list[Tensor], plan: int, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """The embeddings [B, nodes, out], and what the backward pass needs where `keep` is set."""
+    x, attr, mask, *parameters = (value.contiguous() for value in (x, attr, mask, *parameters))
+    out, kept = _room(_PLANS[plan], x, keep)
+    tensors = {"x": x, "attr": attr, "mask": mask, "out": out.zero_()} | ({"kept": kept} if keep else {})
+    pairs = [_Parameter(value.data_ptr()) for value in parameters]
+    graphs, alive = _graphs(_PLANS[plan], len(x), pairs, **tensors)
+    call(_kernel("esper_encode"), [((graphs,), part) for part in parts(len(x), _TILE)])
+    del alive
+    return out, kept
+
+
+def _room(plan: _Plan, x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    # Flat: torch.compile would take another number of tiles than one for another program.
+    kept = x.new_empty(-(-x.shape[0] // _TILE) * plan.kept * _TILE if keep else 0)
+    return x.new_empty(x.shape[0], plan.layout.size, plan.shape.hidden[-1]), kept
+
+
+@_encode.register_fake
+def _(x: Tensor, attr: Tensor, mask: Tensor, parameters: list[Tensor], plan: int, keep: bool) -> tuple[Tensor, Tensor]:
+    return _room(_PLANS[plan], x, keep)
+
+
+@torch.library.custom_op("esper::encode_backward", mutates_args=())
+def _encode_backward(
+    back: Tensor, kept: Tensor, x: Tensor, attr: Tensor, mask: Tensor, parameters: list[Tensor], plan: int
+) -> Tensor:
+    """The gradients of all parameters, one behind the other."""
+    back, x, attr, mask, *parameters = (value.contiguous() for value in (back, x, attr, mask, *parameters))
+    tensors = {"x": x, "attr": attr, "mask": mask, "out_gradient": back, "kept": kept}
+    ranges = parts(len(back), _TILE)
+    sizes = [parameter.numel() for parameter in parameters]
+    # Each thread adds to a copy of its own.
+    flat = back.new_zeros(max(len(ranges), 1), sum(sizes))
+    work, alive = [], []
+    for own, part in zip(flat, ranges, strict=False):
+        pieces = zip(parameters, own.split(sizes), strict=True)
+        pairs = [_Parameter(value.data_ptr(), gradient.data_ptr()) for value, gradient in pieces]
+        graphs, others = _graphs(_PLANS[plan], len(x), pairs, **tensors)
+        work.append(((graphs,), part))
+        alive.append(others)
+    call(_kernel("esper_encode_backward"), work)
+    return flat.sum(0)
+
+
+@_encode_backward.register_fake
+def _(back: Tensor, kept: Tensor, x: Tensor, attr: Tensor, mask: Tensor, parameters: list[Tensor], plan: int) -> Tensor:
+    return back.new_empty(sum(parameter.numel() for parameter in parameters))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, attr, mask, parameters, ctx.plan, _ = inputs
+    ctx.set_materialize_grads(False)  # `kept` has none, and is large
+    ctx.save_for_backward(output[1], x, attr, mask, *parameters)
+
+
+def _differentiated(ctx: Any, back: Tensor, _: Tensor) -> tuple[Any, ...]:
+    kept, x, attr, mask, *parameters = ctx.saved_tensors
+    whole = torch.ops.esper.encode_backward(back, kept, x, attr, mask, parameters, ctx.plan)
+    sizes = [parameter.numel() for parameter in parameters]
+    found = [piece.view(p.shape) for piece, p in zip(whole.split(sizes), parameters, strict=True)]
+    return None, None, None, found, None, None
+
+
+_encode.register_autograd(_differentiated, setup_context=_remember)
 
 
 def _kernel(name: str) -> Any:
