@@ -1,7 +1,10 @@
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from esper.graph.schema import SCHEMA
+from esper.growth.lifecycle import Stage, is_live
 from esper.growth.observation import Observer
 from trainers.benchmarks.naive import Naive, clip
 
@@ -51,6 +54,43 @@ def test_observer_equals_the_naive_builder(toy, task, tag, auto_blend):
         assert_is_naive(toy, observer(), p)
     assert len(seen) >= 5
     assert len(p.context.depth.unique()) == 3
+
+
+def scramble(p, seed):
+    """Puts every host in a random state: depth, width, lifecycles, counters, and statistics of any size."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high, *shape):
+        return torch.randint(high, shape, generator=generator)
+
+    p.context.depth, p.context.width = 1 + draw(p.slots, p.hosts), 1 + draw(p.spec.width, p.hosts)
+    p.context.seeds, p.germinated = draw(5, p.hosts), draw(4, p.hosts)
+    p.context.learning_rate = 10 ** (-3 * torch.rand(p.hosts, generator=generator) - 1)
+    missing = torch.arange(p.slots) >= p.context.depth[:, None]
+    stage = draw(len(Stage), p.hosts, p.slots).masked_fill(missing, Stage.DORMANT)
+    live = is_live(stage)
+    p.lifecycle.stage, p.lifecycle.epochs = stage, draw(5, p.hosts, p.slots)
+    p.lifecycle.blueprint = torch.where(live, draw(len(p.catalogue), p.hosts, p.slots), -1)
+    p.lifecycle.alpha = torch.rand(stage.shape, generator=generator) * (stage > Stage.TRAINING) * live
+    p.epoch = draw(HORIZON, p.hosts)
+    p.seed_steps = draw(3, p.hosts, p.slots) * live * (p.epoch > 0)[:, None]
+    p.extra_flops = 1e3 * torch.rand(p.hosts, generator=generator)
+    for name, value in vars(p.statistics).items():
+        if value.is_floating_point():
+            drawn = torch.randn(value.shape, generator=generator).abs() * 10.0 ** (draw(9, *value.shape) - 5)
+            setattr(p.statistics, name, drawn)
+    p.validation_loss = p.statistics.history[:, 0].clone()
+    p.statistics.history_length = p.epoch + 1
+    p.statistics.contribution_known = live & (draw(2, p.hosts, p.slots) > 0)
+    p.statistics.fared_known = draw(2, *p.statistics.fared_known.shape) > 0
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1 << 30), hosts=st.integers(1, 4), task=st.sampled_from(TASKS))
+def test_observer_equals_the_naive_builder_on_random_populations(toy, seed, hosts, task):
+    p = toy.population(KEYS[:hosts], task, width=6)
+    scramble(p, seed)
+    assert_is_naive(toy, Observer(p, HORIZON)(), p)
 
 
 @pytest.mark.parametrize("stages", [1, 5])
