@@ -41,11 +41,12 @@ def compare(
     device: torch.device,
     tick: Callable[[], None],
     compile_s: dict[str, float] | None = None,
+    reference: str = REFERENCE,
 ) -> list[Row]:
     """Rows of all variants: called in turns, after calls that do not count.
 
     Args:
-        variants: name -> what is timed; REFERENCE and FLOOR are what the others are compared with.
+        variants: name -> what is timed; `reference` and FLOOR are what the others are compared with.
         tick: called after each turn.
         compile_s: seconds that a variant took to compile.
     """
@@ -76,7 +77,7 @@ def compare(
                 medians[name],
                 float(np.percentile(values, 95)),
                 peaks[name],
-                over(name, REFERENCE),
+                over(name, reference),
                 None if floor is None else 1 / floor,
                 (compile_s or {}).get(name),
             )
