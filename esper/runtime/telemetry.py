@@ -6,9 +6,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
@@ -41,6 +42,11 @@ class Telemetry:
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
         self._file.flush()
         self._writer.flush()
+
+    def histogram(self, step: int, name: str, values: Collection[float]) -> None:
+        """Writes the distribution of `values` at `step`, for TensorBoard alone."""
+        if values:
+            self._writer.add_histogram(name, np.asarray(values), step)
 
     def close(self) -> None:
         self._file.close()

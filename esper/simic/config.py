@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from esper.runtime.errors import ConfigError, check_positive
 
+LR_SCHEDULES = ("linear", "adaptive", "constant")
+
 
 @dataclass
 class PPOConfig:
@@ -16,14 +18,22 @@ class PPOConfig:
     epochs: int = 4  # passes over an iteration's transitions
     minibatches: int = 4  # per pass
     lr: float = 2e-3
-    anneal_lr: bool = True  # linearly to 0 over total_steps
+    lr_schedule: str = (
+        "linear"  # linear: to 0 over total_steps; adaptive: so that a pass's KL is near desired_kl; constant
+    )
+    desired_kl: float = 0.01  # of the adaptive learning rate (arXiv 2109.11978)
     gamma: float = 1.0
     gae_lambda: float = 0.95
     clip: float = 0.2  # of the probability ratio
+    clip_final: float | None = None  # the clip moves to it linearly over total_steps; None: constant
+    value_clip: float | None = None  # of a value around the old one (arXiv 2005.12729); None: no clipping
     entropy_coef: float = 0.003
+    entropy_final: float | None = None  # the coefficient moves to it linearly over total_steps; None: constant
     value_coef: float = 0.5
+    auxiliary_coef: float = 0.0  # of predicting each slot's contribution one step ahead
     max_grad_norm: float = 0.5
     normalize_advantages: bool = True  # per minibatch
+    normalize_returns: bool = False  # the critic predicts returns of zero mean and unit variance (arXiv 2103.01955)
     target_kl: float | None = None  # ends an update once a pass's mean KL is above it
 
     def validate(self) -> None:
@@ -32,13 +42,16 @@ class PPOConfig:
         Raises:
             ConfigError: names the key, the value and the remedy.
         """
-        names = ("total_steps", "num_steps", "epochs", "minibatches", "lr", "clip", "max_grad_norm")
+        names = ("total_steps", "num_steps", "epochs", "minibatches", "lr", "clip", "max_grad_norm", "desired_kl")
         check_positive("ppo", {name: getattr(self, name) for name in names})
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise ConfigError(f"ppo.lr_schedule={self.lr_schedule}: choose one of {', '.join(LR_SCHEDULES)}")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"ppo.{name}={getattr(self, name)}: must lie between 0 and 1")
-        for name in ("entropy_coef", "value_coef"):
-            if getattr(self, name) < 0:
+        for name in ("entropy_coef", "entropy_final", "value_coef", "auxiliary_coef"):
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"ppo.{name}={getattr(self, name)}: must not be negative")
-        if self.target_kl is not None:
-            check_positive("ppo", {"target_kl": self.target_kl})
+        for name in ("target_kl", "value_clip", "clip_final"):
+            if getattr(self, name) is not None:
+                check_positive("ppo", {name: getattr(self, name)})

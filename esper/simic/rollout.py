@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,16 +12,23 @@ from esper.graph import GraphBatch
 from esper.simic.gae import gae
 
 
-@dataclass
-class Minibatch:
-    """B transitions in random order; every tensor is [B]."""
+class Targets(NamedTuple):
+    """What the loss of B transitions reads besides their graphs; each [B], but the last two."""
 
-    graph: GraphBatch
     actions: Tensor
     log_probs: Tensor
-    values: Tensor
+    values: Tensor  # as the critic gave them, normalised where returns are
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor  # normalised where that is asked for
+    auxiliary: Tensor  # [B, n], n = 0 where there are none
+    auxiliary_mask: Tensor  # bool [B, n]
+
+
+class Minibatch(NamedTuple):
+    """B transitions in random order."""
+
+    graph: GraphBatch
+    targets: Targets
 
 
 class Rollout:
@@ -73,28 +80,94 @@ class Rollout:
         if final_values is not None:
             self.final_values[t] = final_values
 
-    def finish(self, last_values: Tensor, gamma: float, lam: float) -> None:
-        """Computes advantages and returns; `last_values` [N] is V of the observation after the last step."""
+    def finish(
+        self,
+        last_values: Tensor,
+        gamma: float,
+        lam: float,
+        normalizer: ReturnNormalizer | None = None,
+        auxiliary: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Computes advantages and returns.
+
+        Args:
+            last_values: [N], V of the observation after the last step.
+            gamma: discount.
+            lam: lambda of the estimator.
+            normalizer: of which the critic's values are outputs; it then learns from these returns.
+            auxiliary: targets [T, N, n] and which of them are known.
+        """
         self._batch = GraphBatch.cat(self.graphs)  # once, for all passes over the minibatches
+        restored = normalizer.restored if normalizer else torch.clone
+        self._predicted = restored(self.values)
         self.advantages, self.returns = gae(
             self.rewards,
-            self.values,
+            self._predicted,
             self.terminated,
             self.truncated,
-            self.final_values,
-            last_values.clone(),
+            restored(self.final_values),
+            restored(last_values.clone()),
             gamma,
             lam,
         )
+        wanted = self.returns
+        if normalizer:
+            normalizer.learn(self.returns)
+            wanted = normalizer.normalized(self.returns)
+        nothing = self.values.new_zeros(*self.values.shape, 0)
+        found, known = auxiliary or (nothing, nothing.bool())
+        columns = self.actions, self.log_probs, self.values, self.advantages, wanted, found, known
+        self._targets = Targets(*(column.flatten(0, 1) for column in columns))
 
     def explained_variance(self) -> float:
         """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one no better than a constant."""
         variance = self.returns.var()
-        return float("nan") if variance == 0 else float(1 - (self.returns - self.values).var() / variance)
+        return float("nan") if variance == 0 else float(1 - (self.returns - self._predicted).var() / variance)
 
     def minibatches(self, count: int, generator: torch.Generator) -> Iterator[Minibatch]:
         """One pass over a finished rollout in `count` shuffled minibatches of (nearly) equal size."""
-        flat = [t.flatten() for t in (self.actions, self.log_probs, self.values, self.advantages, self.returns)]
-        order = torch.randperm(len(self._batch), generator=generator)
+        order = torch.randperm(len(self._batch), generator=generator).to(self.actions.device)
         for index in order.tensor_split(count):
-            yield Minibatch(self._batch[index], *(t[index] for t in flat))
+            yield Minibatch(self._batch[index], Targets(*(column[index] for column in self._targets)))
+
+
+class ReturnNormalizer:
+    """Running mean and standard deviation of returns, so that the critic's outputs have unit scale (Yu et al.,
+    arXiv 2103.01955, section 5.1)."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self._moments = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, device=device)  # count, mean, variance
+
+    def learn(self, returns: Tensor) -> None:
+        """Takes in returns of any shape (Chan et al., 1979, for the sum of two samples)."""
+        count, mean, variance = self._moments.unbind()
+        values = returns.double()
+        total = count + values.numel()
+        delta = values.mean() - mean
+        squares = variance * count + values.var(correction=0) * values.numel()
+        squares = squares + delta.square() * count * values.numel() / total
+        moments = torch.stack([total, mean + delta * values.numel() / total, squares / total])
+        # Numbers that are not finite would stay in them for good.
+        self._moments = torch.where(moments.isfinite().all(), moments, self._moments)
+
+    def normalized(self, returns: Tensor) -> Tensor:
+        """Returns as the critic is to predict them."""
+        mean, std = self._scale()
+        return (returns - mean) / std
+
+    def restored(self, values: Tensor) -> Tensor:
+        """The critic's outputs as returns."""
+        mean, std = self._scale()
+        return values * std + mean
+
+    def _scale(self) -> tuple[Tensor, Tensor]:
+        _, mean, variance = self._moments.float().unbind()
+        return mean, (variance + 1e-8).sqrt()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its moments."""
+        return {"moments": self._moments.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state_dict` returned."""
+        self._moments = state["moments"].to(self._moments.device)

@@ -1,49 +1,76 @@
-"""The update step: forward, loss and backward of one minibatch, then clip and optimiser step."""
+"""The update step: forward, loss and backward of one minibatch, compiled, then clip and optimiser step."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from esper.graph import Layout
+from esper.runtime.compiled import CompileGuard, any_batch
+from esper.runtime.precision import LossScaler
 from esper.simic.config import PPOConfig
-from esper.simic.rollout import Minibatch
-from esper.tamiyo.policy import Tamiyo
+from esper.simic.rollout import Minibatch, Targets
+from esper.tamiyo.distribution import MaskedCategorical
+from esper.tamiyo.policy import GraphPolicy
+
+METRICS = ("loss", "policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "auxiliary_loss")
+"""What a minibatch's loss reports, in order."""
 
 
-@dataclass
-class Loss:
-    """The PPO loss of a minibatch and what is logged of it; scalars."""
+class Coefficients(NamedTuple):
+    """What schedules change: 0-dimensional tensors, so that no change compiles anything anew."""
 
-    total: Tensor
-    policy_gradient: Tensor
-    value: Tensor
+    clip: Tensor
     entropy: Tensor
-    approx_kl: Tensor
-    clip_fraction: Tensor
 
 
-def ppo_loss(policy: Tamiyo, batch: Minibatch, config: PPOConfig) -> Loss:
-    """Clipped surrogate, squared value error and entropy bonus (arXiv 1707.06347, eq. 9).
+def ppo_loss(
+    distribution: MaskedCategorical,
+    values: Tensor,
+    predictions: Tensor | None,
+    targets: Targets,
+    coefficients: Coefficients,
+    config: PPOConfig,
+) -> tuple[Tensor, Tensor]:
+    """Clipped surrogate, squared value error, entropy bonus (arXiv 1707.06347, eq. 9), and the auxiliary error.
 
-    The KL estimate is `mean((r - 1) - log r)` (Schulman, "Approximating KL divergence", 2020).
+    The KL estimate is `mean((r - 1) - log r)` (Schulman, "Approximating KL divergence", 2020). With `config.value_clip`
+    the value error is the larger of that of the value and that of the value clipped around the old one (Engstrom et
+    al., arXiv 2005.12729). The auxiliary error is the mean square over the slots whose target is known.
+
+    Args:
+        predictions: [B, n], what the auxiliary targets are compared with; None if there are none.
+
+    Returns:
+        The loss, and METRICS [7] without gradients.
     """
-    distribution, values = policy.evaluate(batch.graph)
-    log_ratio = distribution.log_prob(batch.actions) - batch.log_probs
+    clip = coefficients.clip
+    log_ratio = distribution.log_prob(targets.actions) - targets.log_probs
     ratio = log_ratio.exp()
-    advantages = batch.advantages
+    advantages = targets.advantages
     if config.normalize_advantages:
         advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
-    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - config.clip, 1 + config.clip) * advantages)
+    surrogate = torch.min(ratio * advantages, torch.clamp(ratio, 1 - clip, 1 + clip) * advantages)
     policy_gradient = -surrogate.mean()
-    value = 0.5 * (values - batch.returns).square().mean()
+    error = (values - targets.returns).square()
+    if config.value_clip is not None:
+        clipped = targets.values + (values - targets.values).clamp(-config.value_clip, config.value_clip)
+        error = torch.max(error, (clipped - targets.returns).square())
+    value = 0.5 * error.mean()
     entropy = distribution.entropy().mean()
-    total = policy_gradient + config.value_coef * value - config.entropy_coef * entropy
-    with torch.no_grad():
-        approx_kl = ((ratio - 1) - log_ratio).mean()
-        clip_fraction = ((ratio - 1).abs() > config.clip).float().mean()
-    return Loss(total, policy_gradient, value, entropy, approx_kl, clip_fraction)
+    total = policy_gradient + config.value_coef * value - coefficients.entropy * entropy
+    auxiliary = torch.zeros_like(total)
+    if predictions is not None and config.auxiliary_coef:
+        known = targets.auxiliary_mask.float()
+        auxiliary = ((predictions - targets.auxiliary).square() * known).sum() / known.sum().clamp(min=1)
+        total = total + config.auxiliary_coef * auxiliary
+    approx_kl = ((ratio - 1) - log_ratio).mean()
+    clip_fraction = ((ratio - 1).abs() > clip).float().mean()
+    parts = total, policy_gradient, value, -entropy, approx_kl, clip_fraction, auxiliary
+    return total, torch.stack([part.detach() for part in parts])
 
 
 class UpdateStep:
@@ -51,26 +78,82 @@ class UpdateStep:
 
     Args:
         policy: what is trained.
-        optimizer: over its parameters.
+        scaler: over the policy's parameters.
         config: settings of PPO.
+        guard: of the compiled form.
     """
 
-    def __init__(self, policy: Tamiyo, optimizer: torch.optim.Optimizer, config: PPOConfig):
-        self.policy, self.optimizer, self.config = policy, optimizer, config
+    def __init__(self, policy: GraphPolicy, scaler: LossScaler, config: PPOConfig, guard: CompileGuard):
+        self.policy, self.scaler, self.config, self.guard = policy, scaler, config, guard
+        device = next(policy.parameters()).device
+        self.coefficients = Coefficients(*(torch.tensor(c, device=device) for c in (config.clip, config.entropy_coef)))
+        self._compiled: dict[Layout, Callable[..., tuple[Tensor, Tensor]]] = {}
 
-    def __call__(self, batch: Minibatch) -> dict[str, Tensor]:
-        """Takes the step; returns scalars on the device, so that nothing here waits for it."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = ppo_loss(self.policy, batch, self.config)
-        loss.total.backward()
-        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        return {
-            "loss": loss.total.detach(),
-            "policy_gradient_loss": loss.policy_gradient.detach(),
-            "value_loss": loss.value.detach(),
-            "entropy_loss": -loss.entropy.detach(),
-            "approx_kl": loss.approx_kl,
-            "clip_fraction": loss.clip_fraction,
-            "grad_norm": norm.detach(),
-        }
+    def __call__(self, batch: Minibatch) -> Tensor:
+        """Takes the step; returns METRICS, the norm of the gradient and whether the step was skipped, float32 [9] on
+        the device, so that nothing here waits for it."""
+        compiled = self._form(batch)
+        if compiled is None:
+            loss, metrics = self._eager(batch)
+        else:
+            loss, metrics = self.guard.run(lambda: self._differentiated(compiled, batch), lambda: self._eager(batch))
+        norm, skipped = self.scaler.step(loss, self.config.max_grad_norm)
+        return torch.cat([metrics, torch.stack([norm, skipped])])
+
+    def warm_up(self, batch: Minibatch) -> None:
+        """Compiles what `batch`, of at least two transitions, needs; changes nothing."""
+        compiled = self._form(batch)
+        if compiled is None:
+            self.guard.warm = True
+            return
+
+        def first() -> tuple[Tensor, Tensor]:
+            self.policy.zero_grad(set_to_none=True)
+            loss, metrics = compiled(*any_batch(_tensors(batch)), *self.coefficients)
+            loss.backward()
+            return loss, metrics
+
+        self.guard.warm_up(lambda: self.guard.run(first, lambda: self._eager(batch)))
+        self.policy.zero_grad(set_to_none=True)
+
+    def _eager(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
+        self.policy.zero_grad(set_to_none=True)
+        logits, values, predictions = self.policy.predict(batch.graph)
+        distribution = MaskedCategorical(logits, batch.graph.action_mask)
+        loss, metrics = ppo_loss(distribution, values, predictions, batch.targets, self.coefficients, self.config)
+        self.scaler.backward(loss)
+        return loss.detach(), metrics
+
+    def _differentiated(
+        self, compiled: Callable[..., tuple[Tensor, Tensor]], batch: Minibatch
+    ) -> tuple[Tensor, Tensor]:
+        self.policy.zero_grad(set_to_none=True)
+        loss, metrics = compiled(*_tensors(batch), *self.coefficients)
+        self.scaler.backward(loss)
+        # A captured graph writes its outputs to the same place again.
+        return loss.detach().clone(), metrics.clone()
+
+    def _form(self, batch: Minibatch) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """The compiled forward pass and loss for graphs of this layout, or None if there is none."""
+        if not self.guard.enabled or batch.graph.layout is None:
+            return None
+        layout = batch.graph.layout
+        if layout not in self._compiled:
+            predict, config = self.policy.of_tensors(layout), self.config
+            if predict is None:
+                return None
+
+            def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+                x, attr, mask, node_mask, action_mask, *rest = tensors
+                logits, values, predictions = predict(x, attr, mask, node_mask)
+                targets, coefficients = Targets(*rest[:-2]), Coefficients(*rest[-2:])
+                distribution = MaskedCategorical(logits, action_mask)
+                return ppo_loss(distribution, values, predictions, targets, coefficients, config)
+
+            self._compiled[layout] = self.guard.compile(function)
+        return self._compiled[layout]
+
+
+def _tensors(batch: Minibatch) -> list[Tensor]:
+    graph = batch.graph.pack()
+    return [graph.x, graph.attr, graph.mask, graph.node_mask, batch.graph.action_mask, *batch.targets]

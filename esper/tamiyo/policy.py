@@ -16,8 +16,8 @@ from esper.tamiyo.distribution import MaskedCategorical
 from esper.tamiyo.encoder import Encoder, masked_mean, orthogonal_
 from esper.tamiyo.encoders import BACKENDS
 
-_POLICY_GAIN = 0.01  # near-uniform over the legal actions before training
-_VALUE_GAIN = 1.0
+POLICY_GAIN = 0.01  # near-uniform over the legal actions before training
+VALUE_GAIN = 1.0
 
 
 @dataclass
@@ -44,7 +44,8 @@ class PolicyConfig:
             raise ConfigError(f"policy.heads={self.heads}: must divide the last two of policy.hidden={self.hidden}")
 
 
-OfTensors = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Prediction = tuple[Tensor, Tensor, Tensor | None]
+"""Unmasked action logits [B, A], values [B] and auxiliary predictions [B, n] or None."""
 
 
 class GraphPolicy(nn.Module):
@@ -65,35 +66,51 @@ class GraphPolicy(nn.Module):
         """Action logits [B, A] and values [B] from the embeddings [B, n, D] and masks [B, n] of each node type."""
         raise NotImplementedError
 
+    def auxiliary(self, x: dict[str, Tensor]) -> Tensor | None:
+        """[B, n], a prediction of what `shown` reads of the next observation; None without one."""
+        return None
+
+    def shown(self, graph: GraphBatch) -> tuple[Tensor, Tensor] | None:
+        """What `auxiliary` is to predict of an observation, [B, n], and which of it is known, bool [B, n]."""
+        return None
+
     def forward(self, graph: GraphBatch) -> tuple[Tensor, Tensor]:
         """Unmasked action logits [B, A] and values [B]; both fp32."""
+        return self.predict(graph)[:2]
+
+    def predict(self, graph: GraphBatch) -> Prediction:
+        """All outputs, fp32."""
         with self._autocast(graph.device.type):
-            logits, value = self.heads(self.encoder(graph), graph.node_mask)
-        return logits.float(), value.float()
+            x = self.encoder(graph)
+            return _as_float(*self.heads(x, graph.node_mask), self.auxiliary(x))
 
     def evaluate(self, graph: GraphBatch) -> tuple[MaskedCategorical, Tensor]:
         """The distribution over each graph's legal actions, and the values [B]."""
         logits, value = self(graph)
         return MaskedCategorical(logits, graph.action_mask), value
 
-    def of_tensors(self, layout: Layout) -> OfTensors | None:
-        """`forward` for graphs of one layout as a function of packed x, attr, mask and node_mask, which torch.compile
+    def of_tensors(self, layout: Layout) -> Callable[[Tensor, Tensor, Tensor, Tensor], Prediction] | None:
+        """`predict` for graphs of one layout as a function of packed x, attr, mask and node_mask, which torch.compile
         takes whole; None where the encoder's backend has no such form."""
         encode = self.encoder.of_tensors(layout)
         if encode is None:
             return None
         device = next(self.parameters()).device.type
 
-        def function(x: Tensor, attr: Tensor, mask: Tensor, node_mask: Tensor) -> tuple[Tensor, Tensor]:
+        def function(x: Tensor, attr: Tensor, mask: Tensor, node_mask: Tensor) -> Prediction:
             with self._autocast(device):
                 masks = {node: node_mask[:, place] for node, place in layout.nodes.items()}
-                logits, value = self.heads(encode(x, attr, mask), masks)
-            return logits.float(), value.float()
+                embeddings = encode(x, attr, mask)
+                return _as_float(*self.heads(embeddings, masks), self.auxiliary(embeddings))
 
         return function
 
     def _autocast(self, device: str) -> torch.autocast:
         return torch.autocast(device, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+
+def _as_float(logits: Tensor, value: Tensor, auxiliary: Tensor | None) -> Prediction:
+    return logits.float(), value.float(), None if auxiliary is None else auxiliary.float()
 
 
 class Tamiyo(GraphPolicy):
@@ -110,13 +127,16 @@ class Tamiyo(GraphPolicy):
         self.from_global = orthogonal_(nn.Linear(width, width))
         self.from_slot = orthogonal_(nn.Linear(width, width))
         self.from_blueprint = orthogonal_(nn.Linear(width, width))
-        self.wait = orthogonal_(nn.Linear(width, 1), _POLICY_GAIN)
-        self.germinate = orthogonal_(nn.Linear(width, 1), _POLICY_GAIN)
+        self.wait = orthogonal_(nn.Linear(width, 1), POLICY_GAIN)
+        self.germinate = orthogonal_(nn.Linear(width, 1), POLICY_GAIN)
         # per slot: one logit for every ramp, FOSSILIZE and CULL
-        self.tend = orthogonal_(nn.Linear(width, len(RAMPS) + 2), _POLICY_GAIN)
+        self.tend = orthogonal_(nn.Linear(width, len(RAMPS) + 2), POLICY_GAIN)
         self.value = nn.Sequential(
-            orthogonal_(nn.Linear(2 * width, width)), nn.GELU(), orthogonal_(nn.Linear(width, 1), _VALUE_GAIN)
+            orthogonal_(nn.Linear(2 * width, width)), nn.GELU(), orthogonal_(nn.Linear(width, 1), VALUE_GAIN)
         )
+        self.contribution = orthogonal_(nn.Linear(width, 1), VALUE_GAIN)
+        names = ("contribution", "contribution_known")
+        self._shown = [schema.feature("slot", name) for name in names]
 
     def heads(self, x: dict[str, Tensor], node_mask: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Unmasked action logits [B, A], numbered as in `esper.growth.actions`, and values [B]."""
@@ -138,3 +158,12 @@ class Tamiyo(GraphPolicy):
         )
         pooled = torch.cat([whole, masked_mean(x["slot"], node_mask["slot"])], dim=1)
         return logits, self.value(pooled).squeeze(-1)
+
+    def auxiliary(self, x: dict[str, Tensor]) -> Tensor:
+        """[B, S], each slot's contribution at the next observation."""
+        return self.contribution(x["slot"]).squeeze(-1)
+
+    def shown(self, graph: GraphBatch) -> tuple[Tensor, Tensor]:
+        """[B, S], each slot's contribution, and whether it is known."""
+        value, known = (graph.x["slot"][:, :, column] for column in self._shown)
+        return value, known > 0

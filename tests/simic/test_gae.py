@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -189,3 +190,52 @@ def test_inputs_are_left_alone() -> None:
     before = {name: value.clone() for name, value in rollout.items()}
     gae(**rollout, gamma=0.9, lam=0.9)
     assert all(torch.equal(rollout[name], value) for name, value in before.items())
+
+
+# ---- against Stable-Baselines3 ---------------------------------------------------------------------------------------
+
+
+def hand_made(steps: int) -> dict[str, Tensor]:
+    """Two environments that count: the first one terminates every third step, the second one is truncated every fourth.
+
+    V of an observation is what the count says, so that bootstrapping from the wrong observation shows.
+    """
+    count, rows = torch.zeros(2), []
+    for _ in range(steps):
+        values, final = 0.3 * count + torch.tensor([1.0, 2.0]), torch.zeros(2)
+        rewards = count + torch.tensor([0.5, -0.5])
+        count = count + 1
+        terminated, truncated = torch.tensor([count[0] == 3, False]), torch.tensor([False, count[1] == 4])
+        final[1] = (0.3 * count[1] + 2) * truncated[1]
+        rows.append((values, rewards, terminated, truncated, final))
+        count = count.masked_fill(terminated | truncated, 0.0)
+    names = ("values", "rewards", "terminated", "truncated", "final_values")
+    columns = dict(zip(names, map(torch.stack, zip(*rows, strict=True)), strict=True))
+    return {**columns, "last_values": 0.3 * count + torch.tensor([1.0, 2.0])}
+
+
+@pytest.mark.parametrize("steps", [7, 12])  # in the middle of both episodes, and at an end of both
+@pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (0.9, 1.0), (1.0, 0.5)])
+def test_termination_and_truncation_are_those_of_stable_baselines3(steps: int, gamma: float, lam: float) -> None:
+    buffers = pytest.importorskip("stable_baselines3.common.buffers")
+    spaces = pytest.importorskip("gymnasium").spaces
+    made = hand_made(steps)
+    assert made["terminated"].any()
+    assert made["truncated"].any()
+    buffer = buffers.RolloutBuffer(steps, spaces.Discrete(2), spaces.Discrete(2), "cpu", lam, gamma, n_envs=2)
+    start = np.ones(2)
+    for t in range(steps):
+        # As in its `collect_rollouts`: the value of a truncated episode's final observation is part of the reward.
+        reward = made["rewards"][t] + gamma * made["final_values"][t] * made["truncated"][t]
+        zeros = np.zeros((2, 1))
+        buffer.add(zeros, zeros, reward.numpy(), start, made["values"][t], torch.zeros(2))
+        start = (made["terminated"] | made["truncated"])[t].numpy().astype(np.float32)
+    buffer.compute_returns_and_advantage(made["last_values"], start)
+    advantages, returns = gae(**made, gamma=gamma, lam=lam)
+    np.testing.assert_allclose(advantages.numpy(), buffer.advantages, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(returns.numpy(), buffer.returns, rtol=1e-5, atol=1e-5)
+    # Were the one taken for the other, it would show.
+    confused, _ = gae(
+        **{**made, "terminated": made["truncated"], "truncated": made["terminated"]}, gamma=gamma, lam=lam
+    )
+    assert not np.allclose(confused.numpy(), buffer.advantages, atol=1e-2)

@@ -60,11 +60,11 @@ def test_every_number_stays_with_its_graph(observations: GraphBatch) -> None:
     for batch in one_pass(rollout, 3):
         number = torch.tensor(numbers(batch))
         step, host = number // HOSTS, number % HOSTS
-        assert torch.equal(batch.actions, number)
-        assert torch.equal(batch.log_probs, -number.float())
-        assert torch.equal(batch.values, number / 10)
-        assert torch.equal(batch.advantages, rollout.advantages[step, host])
-        assert torch.equal(batch.returns, rollout.returns[step, host])
+        assert torch.equal(batch.targets.actions, number)
+        assert torch.equal(batch.targets.log_probs, -number.float())
+        assert torch.equal(batch.targets.values, number / 10)
+        assert torch.equal(batch.targets.advantages, rollout.advantages[step, host])
+        assert torch.equal(batch.targets.returns, rollout.returns[step, host])
         assert torch.equal(batch.graph.x["slot"], observations.x["slot"][host])
         assert torch.equal(batch.graph.action_mask, observations.action_mask[host])
 
@@ -153,6 +153,16 @@ def test_a_refused_step_leaves_the_rollout_as_it_was(observations: GraphBatch) -
 # ---- explained variance ---------------------------------------------------------------------------------------------
 
 
+def of_two_steps(graph: GraphBatch, values: list[float], returns: list[float]) -> Rollout:
+    """Two steps of two hosts with those returns: each step is an episode, so that its reward is its return."""
+    rollout, over = Rollout(2, 2), torch.ones(2, dtype=torch.bool)
+    for step in (slice(0, 2), slice(2, 4)):
+        reward, value = torch.tensor(returns[step]), torch.tensor(values[step])
+        rollout.add(graph, torch.zeros(2, dtype=torch.int64), torch.zeros(2), value, reward, over, ~over)
+    rollout.finish(torch.zeros(2), 1.0, 1.0)
+    return rollout
+
+
 @pytest.mark.parametrize(
     ("values", "returns", "expected"),
     [
@@ -168,17 +178,14 @@ def test_a_refused_step_leaves_the_rollout_as_it_was(observations: GraphBatch) -
         ([-1.0, -3.0, -5.0, -7.0], [1.0, 3.0, 5.0, 7.0], -3.0),
     ],
 )
-def test_explained_variance_by_hand(values: list[float], returns: list[float], expected: float) -> None:
-    rollout = Rollout(2, 2)
-    rollout.values = torch.tensor(values).view(2, 2)
-    rollout.returns = torch.tensor(returns).view(2, 2)
-    assert rollout.explained_variance() == pytest.approx(expected)
+def test_explained_variance_by_hand(
+    observations: GraphBatch, values: list[float], returns: list[float], expected: float
+) -> None:
+    assert of_two_steps(observations[:2], values, returns).explained_variance() == pytest.approx(expected)
 
 
-def test_explained_variance_of_equal_returns_is_not_a_number() -> None:
-    rollout = Rollout(2, 2)
-    rollout.values = torch.rand(2, 2)
-    assert rollout.explained_variance() != rollout.explained_variance()
+def test_explained_variance_of_equal_returns_is_not_a_number(observations: GraphBatch) -> None:
+    assert math.isnan(of_two_steps(observations[:2], [1.0, 2.0, 3.0, 4.0], [5.0] * 4).explained_variance())
 
 
 def test_a_collected_rollout_is_whole(collected: Callable[[], Rollout]) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,30 +11,54 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from esper.graph import GraphBatch
+from esper.runtime.compiled import CompileGuard
 from esper.runtime.errors import ConfigError
+from esper.runtime.precision import LossScaler
 from esper.simic.config import PPOConfig
-from esper.simic.rollout import Minibatch, Rollout
-from esper.simic.update import Loss, UpdateStep, ppo_loss
+from esper.simic.rollout import Minibatch, Rollout, Targets
+from esper.simic.update import METRICS, Coefficients, UpdateStep, ppo_loss
 from esper.tamiyo.distribution import MaskedCategorical
 from esper.tamiyo.policy import Tamiyo
 
-METRICS = {
-    "loss", "policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "grad_norm",
-}  # fmt: skip
+Loss = tuple[Tensor, dict[str, Tensor]]
 
 
-def stub(logits: Tensor, values: Tensor, mask: Tensor | None = None) -> Any:
-    """A policy that returns these numbers whatever the graph."""
+def loss_of(
+    logits: Tensor,
+    values: Tensor,
+    targets: Targets,
+    config: PPOConfig,
+    mask: Tensor | None = None,
+    predictions: Tensor | None = None,
+) -> Loss:
+    """The loss where a policy returns these numbers, and its metrics by name."""
     legal = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask
-    return SimpleNamespace(evaluate=lambda graph: (MaskedCategorical(logits, legal), values))
+    coefficients = Coefficients(torch.tensor(config.clip), torch.tensor(config.entropy_coef))
+    distribution = MaskedCategorical(logits, legal)
+    total, metrics = ppo_loss(distribution, values, predictions, targets, coefficients, config)
+    assert not metrics.requires_grad
+    return total, dict(zip(METRICS, metrics, strict=True))
 
 
-def minibatch(actions: list[int], log_probs: Tensor, advantages: list[float], returns: list[float]) -> Minibatch:
+def policy_loss(policy: Tamiyo, batch: Minibatch, config: PPOConfig) -> Loss:
+    logits, values, predictions = policy.predict(batch.graph)
+    return loss_of(logits, values, batch.targets, config, batch.graph.action_mask, predictions)
+
+
+def targets_of(
+    actions: list[int],
+    log_probs: Tensor,
+    advantages: list[float],
+    returns: list[float],
+    values: list[float] | None = None,
+    auxiliary: list[list[float]] | None = None,
+    known: list[list[bool]] | None = None,
+) -> Targets:
     count = len(actions)
-    return Minibatch(
-        None, torch.tensor(actions), log_probs, torch.zeros(count), torch.tensor(advantages), torch.tensor(returns)
-    )  # type: ignore[arg-type]
+    return Targets(
+        torch.tensor(actions), log_probs, torch.tensor(values or [0.0] * count), torch.tensor(advantages),
+        torch.tensor(returns), torch.tensor(auxiliary or [[]] * count), torch.tensor(known or [[]] * count).bool(),
+    )  # fmt: skip
 
 
 # ---- by hand ---------------------------------------------------------------------------------------------------------
@@ -44,40 +67,44 @@ RATIOS = [1.0, 1.5, 1.5, 0.5, 0.5, 1.1]
 ADVANTAGES = [2.0, 2.0, -2.0, 2.0, -2.0, 3.0]
 
 
-def hand_case(normalize: bool = False) -> tuple[Tensor, Loss]:
-    """Six transitions with a policy of (1/2, 1/4, 1/4), action 0, and old probabilities that make those ratios."""
+def hand_case(**settings: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Six transitions with a policy of (1/2, 1/4, 1/4), action 0, and old probabilities that make those ratios: the
+    logits, the loss and its metrics."""
     logits = torch.tensor([[2.0, 1.0, 1.0]]).log().repeat(6, 1).requires_grad_()
     values = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
-    batch = minibatch([0] * 6, (0.5 / torch.tensor(RATIOS)).log(), ADVANTAGES, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
-    config = PPOConfig(clip=0.2, entropy_coef=0.1, value_coef=0.25, normalize_advantages=normalize)
-    return logits, ppo_loss(stub(logits, values), batch, config)
+    targets = targets_of([0] * 6, (0.5 / torch.tensor(RATIOS)).log(), ADVANTAGES, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    config = PPOConfig(
+        **{"clip": 0.2, "entropy_coef": 0.1, "value_coef": 0.25, "normalize_advantages": False, **settings}
+    )
+    total, metrics = loss_of(logits, values, targets, config)
+    return logits, total, {name: float(value) for name, value in metrics.items()}
 
 
 def test_the_loss_by_hand() -> None:
-    _, loss = hand_case()
+    _, total, metrics = hand_case()
     # min(r A, clip(r) A): 2, min(3, 2.4) = 2.4, min(-3, -2.4) = -3, min(1, 1.6) = 1, min(-1, -1.6) = -1.6, 3.3.
     # Their sum is 4.1.
-    assert loss.policy_gradient.item() == pytest.approx(-4.1 / 6)
+    assert metrics["policy_gradient_loss"] == pytest.approx(-4.1 / 6)
     # errors -1, 0, 1, 2, 3, 4: squares add up to 31
-    assert loss.value.item() == pytest.approx(0.5 * 31 / 6)
+    assert metrics["value_loss"] == pytest.approx(0.5 * 31 / 6)
     # ln(2)/2 + 2 ln(4)/4 = 1.5 ln 2
-    assert loss.entropy.item() == pytest.approx(1.5 * math.log(2))
-    assert loss.total.item() == pytest.approx(-4.1 / 6 + 0.25 * 0.5 * 31 / 6 - 0.1 * 1.5 * math.log(2))
+    assert metrics["entropy_loss"] == pytest.approx(-1.5 * math.log(2))
+    assert total.item() == pytest.approx(-4.1 / 6 + 0.25 * 0.5 * 31 / 6 - 0.1 * 1.5 * math.log(2))
+    assert metrics["loss"] == total.item()
+    assert metrics["auxiliary_loss"] == 0
 
 
 def test_what_is_logged_by_hand() -> None:
-    _, loss = hand_case()
+    _, _, metrics = hand_case()
     # sum of (r - 1) = 0 + .5 + .5 - .5 - .5 + .1 = .1; sum of ln r = 2 ln 1.5 + 2 ln .5 + ln 1.1
     log_sum = 2 * math.log(1.5) + 2 * math.log(0.5) + math.log(1.1)
-    assert loss.approx_kl.item() == pytest.approx((0.1 - log_sum) / 6, rel=1e-4)
-    assert loss.clip_fraction.item() == pytest.approx(4 / 6)
-    assert not loss.approx_kl.requires_grad
-    assert not loss.clip_fraction.requires_grad
+    assert metrics["approx_kl"] == pytest.approx((0.1 - log_sum) / 6, rel=1e-4)
+    assert metrics["clip_fraction"] == pytest.approx(4 / 6)
 
 
 def test_only_unclipped_transitions_move_the_policy() -> None:
-    logits, loss = hand_case()
-    (gradient,) = torch.autograd.grad(loss.policy_gradient, logits)
+    logits, loss, _ = hand_case(entropy_coef=0.0)
+    (gradient,) = torch.autograd.grad(loss, logits)
     # Where the clipped term is the smaller one, rows 1 and 4, the surrogate is constant. Elsewhere the derivative with
     # respect to the logit of the chosen action is -A r (1 - p) / 6 with p = 1/2.
     expected = [-a * r * 0.5 / 6 for a, r in zip(ADVANTAGES, RATIOS, strict=True)]
@@ -87,30 +114,77 @@ def test_only_unclipped_transitions_move_the_policy() -> None:
 
 
 def test_normalised_advantages_by_hand() -> None:
-    _, loss = hand_case(normalize=True)
+    _, _, metrics = hand_case(normalize_advantages=True)
     # mean 5/6, mean square (4 * 5 + 9) / 6 = 29/6, so variance 29/6 - 25/36 = 149/36
     std = math.sqrt(149) / 6
     total = 0.0
     for ratio, advantage in zip(RATIOS, ADVANTAGES, strict=True):
         a = (advantage - 5 / 6) / std
         total += min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
-    assert loss.policy_gradient.item() == pytest.approx(-total / 6, rel=1e-5)
+    assert metrics["policy_gradient_loss"] == pytest.approx(-total / 6, rel=1e-5)
 
 
 def test_equal_advantages_are_normalised_to_nothing() -> None:
     logits = torch.zeros(3, 2, requires_grad=True)
-    batch = minibatch([0, 1, 0], torch.full((3,), 0.5).log(), [4.0, 4.0, 4.0], [0.0, 0.0, 0.0])
-    loss = ppo_loss(stub(logits, torch.zeros(3)), batch, PPOConfig())
-    assert loss.policy_gradient.item() == 0
-    loss.total.backward()
+    targets = targets_of([0, 1, 0], torch.full((3,), 0.5).log(), [4.0, 4.0, 4.0], [0.0, 0.0, 0.0])
+    loss, metrics = loss_of(logits, torch.zeros(3), targets, PPOConfig())
+    assert metrics["policy_gradient_loss"] == 0
+    loss.backward()
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
 
 
 def test_the_batch_is_not_changed_by_normalising() -> None:
-    batch = minibatch([0, 1], torch.tensor([0.5, 0.5]).log(), [1.0, 3.0], [0.0, 0.0])
-    ppo_loss(stub(torch.zeros(2, 2), torch.zeros(2)), batch, PPOConfig())
-    assert batch.advantages.tolist() == [1.0, 3.0]
+    targets = targets_of([0, 1], torch.tensor([0.5, 0.5]).log(), [1.0, 3.0], [0.0, 0.0])
+    loss_of(torch.zeros(2, 2), torch.zeros(2), targets, PPOConfig())
+    assert targets.advantages.tolist() == [1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "slope"),
+    [
+        # The old value is 1, the return 3, the value may move by 0.5.
+        (1.2, 1.8**2, -1.8),  # within: (1.2 - 3)^2, and its slope
+        (2.0, 1.5**2, 0.0),  # clipped at 1.5, which is further from 3: (1.5 - 3)^2, and nothing pulls any more
+        (0.0, 9.0, -3.0),  # clipped at 0.5, but 0 itself is the larger error: (0 - 3)^2
+        (4.0, 1.5**2, 0.0),  # clipped at 1.5 again, with an error above that of 4 itself
+        (7.0, 16.0, 4.0),  # beyond it: (7 - 3)^2
+    ],
+)
+def test_a_clipped_value_by_hand(value: float, error: float, slope: float) -> None:
+    values = torch.tensor([value], requires_grad=True)
+    targets = targets_of([0], torch.zeros(1), [0.0], [3.0], values=[1.0])
+    config = PPOConfig(value_clip=0.5, value_coef=1.0, entropy_coef=0.0)
+    loss, metrics = loss_of(torch.zeros(1, 1), values, targets, config)
+    assert metrics["value_loss"] == pytest.approx(0.5 * error)
+    assert torch.autograd.grad(loss, values)[0].item() == pytest.approx(slope)
+
+
+def test_the_auxiliary_error_by_hand() -> None:
+    predictions = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    targets = targets_of(
+        [0, 0], torch.zeros(2), [0.0, 0.0], [0.0, 0.0],
+        auxiliary=[[0.0, 5.0], [1.0, 9.0]], known=[[True, False], [True, False]],
+    )  # fmt: skip
+    config = PPOConfig(auxiliary_coef=0.5, entropy_coef=0.0)
+    loss, metrics = loss_of(torch.zeros(2, 1), torch.zeros(2), targets, config, predictions=predictions)
+    # The first column is known: (1 + 4) / 2, and its slopes 2 (p - t) / 2, weighted by 0.5.
+    assert metrics["auxiliary_loss"] == 2.5
+    assert loss.item() == 1.25
+    assert torch.autograd.grad(loss, predictions)[0].tolist() == [[0.5, 0.0], [1.0, 0.0]]
+
+
+def test_the_auxiliary_error_of_nothing_known_is_0() -> None:
+    predictions = torch.ones(2, 2, requires_grad=True)
+    targets = targets_of(
+        [0, 0], torch.zeros(2), [0.0, 0.0], [0.0, 0.0],
+        auxiliary=[[5.0, 5.0]] * 2, known=[[False, False]] * 2,
+    )  # fmt: skip
+    loss, metrics = loss_of(
+        torch.zeros(2, 1), torch.zeros(2), targets, PPOConfig(auxiliary_coef=1.0), predictions=predictions
+    )
+    assert metrics["auxiliary_loss"] == 0
+    assert not torch.autograd.grad(loss, predictions)[0].any()
 
 
 # ---- in NumPy --------------------------------------------------------------------------------------------------------
@@ -138,18 +212,18 @@ def test_the_loss_in_numpy(seed: int, normalize: bool, clip: float) -> None:
 
     config = PPOConfig(clip=clip, entropy_coef=0.07, value_coef=0.4, normalize_advantages=normalize)
     as_float = [torch.tensor(t, dtype=torch.float32) for t in (logits, values, np.log(old), advantages, returns)]
-    batch = minibatch(actions.tolist(), as_float[2], as_float[3].tolist(), as_float[4].tolist())
-    loss = ppo_loss(stub(as_float[0], as_float[1], torch.from_numpy(mask)), batch, config)
+    targets = targets_of(actions.tolist(), as_float[2], as_float[3].tolist(), as_float[4].tolist())
+    _, metrics = loss_of(as_float[0], as_float[1], targets, config, torch.from_numpy(mask))
     expected = {
-        "policy_gradient": policy_gradient,
-        "value": value,
-        "entropy": entropy,
-        "total": policy_gradient + 0.4 * value - 0.07 * entropy,
+        "policy_gradient_loss": policy_gradient,
+        "value_loss": value,
+        "entropy_loss": -entropy,
+        "loss": policy_gradient + 0.4 * value - 0.07 * entropy,
         "approx_kl": (ratio - 1 - np.log(ratio)).mean(),
         "clip_fraction": (np.abs(ratio - 1) > clip).mean(),
     }
     for name, number in expected.items():
-        assert getattr(loss, name).item() == pytest.approx(number, abs=1e-5), name
+        assert metrics[name].item() == pytest.approx(number, abs=1e-5), name
 
 
 # ---- on real data ----------------------------------------------------------------------------------------------------
@@ -162,7 +236,9 @@ def batch(collected: Callable[[], Rollout]) -> Minibatch:
 
 def step_of(policy: Tamiyo, **settings: Any) -> UpdateStep:
     config = PPOConfig(**settings)
-    return UpdateStep(policy, torch.optim.SGD(policy.parameters(), config.lr), config)
+    optimizer = torch.optim.SGD(policy.parameters(), config.lr, fused=True)
+    scaler = LossScaler("fp32", optimizer, torch.device("cpu"))
+    return UpdateStep(policy, scaler, config, CompileGuard("update step", "not asked for"))
 
 
 def total_norm(gradients: list[Tensor]) -> float:
@@ -173,48 +249,34 @@ def test_before_the_first_step_the_ratio_is_1(
     make_policy: Callable[..., Tamiyo], collected: Callable[[], Rollout]
 ) -> None:
     for minibatch in collected().minibatches(3, torch.Generator().manual_seed(0)):
-        loss = ppo_loss(make_policy(), minibatch, PPOConfig())
-        assert abs(loss.approx_kl.item()) < 1e-6
-        assert loss.clip_fraction.item() == 0
+        _, metrics = policy_loss(make_policy(), minibatch, PPOConfig())
+        assert abs(metrics["approx_kl"].item()) < 1e-6
+        assert metrics["clip_fraction"].item() == 0
         distribution, values = make_policy().evaluate(minibatch.graph)
-        torch.testing.assert_close(distribution.log_prob(minibatch.actions), minibatch.log_probs, atol=1e-6, rtol=0)
-        torch.testing.assert_close(values, minibatch.values, atol=1e-5, rtol=1e-5)
+        actions, log_probs, old_values = minibatch.targets[:3]
+        torch.testing.assert_close(distribution.log_prob(actions), log_probs, atol=1e-6, rtol=0)
+        torch.testing.assert_close(values, old_values, atol=1e-5, rtol=1e-5)
 
 
-def test_illegal_actions_get_no_gradient(
-    make_policy: Callable[..., Tamiyo], batch: Minibatch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy = make_policy()
-    seen: list[Tensor] = []
-    forward = policy.forward
-
-    def spied(graph: GraphBatch) -> tuple[Tensor, Tensor]:
-        logits, values = forward(graph)
-        logits.retain_grad()
-        seen.append(logits)
-        return logits, values
-
-    monkeypatch.setattr(policy, "forward", spied)
-    ppo_loss(policy, batch, PPOConfig(entropy_coef=0.1)).total.backward()
-    (logits,) = seen
+def test_illegal_actions_get_no_gradient(make_policy: Callable[..., Tamiyo], batch: Minibatch) -> None:
+    policy, mask = make_policy(), batch.graph.action_mask
+    logits, values = (output.detach().requires_grad_() for output in policy(batch.graph))
+    loss_of(logits, values, batch.targets, PPOConfig(entropy_coef=0.1), mask)[0].backward()
     assert logits.grad is not None
-    assert (logits.grad[~batch.graph.action_mask] == 0).all()
-    several = batch.graph.action_mask.sum(1) > 1
-    assert (logits.grad[several] != 0).any(1).all()
+    assert (logits.grad[~mask] == 0).all()
+    assert (logits.grad[mask.sum(1) > 1] != 0).any(1).all()
 
 
-def test_the_metrics_are_detached_scalars_of_the_loss(make_policy: Callable[..., Tamiyo], batch: Minibatch) -> None:
+def test_a_step_returns_the_metrics_of_its_loss(make_policy: Callable[..., Tamiyo], batch: Minibatch) -> None:
     policy = make_policy()
-    loss = ppo_loss(policy, batch, PPOConfig())
-    metrics = step_of(policy)(batch)
-    assert metrics.keys() == METRICS
-    assert all(value.shape == () and not value.requires_grad for value in metrics.values())
-    expected = {
-        "loss": loss.total, "policy_gradient_loss": loss.policy_gradient, "value_loss": loss.value,
-        "entropy_loss": -loss.entropy, "approx_kl": loss.approx_kl, "clip_fraction": loss.clip_fraction,
-    }  # fmt: skip
-    for name, value in expected.items():
-        assert torch.equal(metrics[name], value.detach()), name
+    total, metrics = policy_loss(policy, batch, PPOConfig())
+    row = step_of(policy)(batch)
+    assert (row.shape, row.dtype, row.requires_grad) == ((len(METRICS) + 2,), torch.float32, False)
+    for name, got in zip(METRICS, row, strict=False):
+        assert torch.equal(got, metrics[name]), name
+    assert row[0] == total.detach()
+    assert row[-2] > 0
+    assert row[-1] == 0
 
 
 def test_the_gradient_is_clipped_and_its_own_norm_reported(
@@ -222,13 +284,12 @@ def test_the_gradient_is_clipped_and_its_own_norm_reported(
 ) -> None:
     policy = make_policy()
     before = [parameter.detach().clone() for parameter in policy.parameters()]
-    free = torch.autograd.grad(
-        ppo_loss(policy, batch, PPOConfig()).total, list(policy.parameters()), materialize_grads=True
-    )
+    total, _ = policy_loss(policy, batch, PPOConfig())
+    free = torch.autograd.grad(total, list(policy.parameters()), materialize_grads=True)
     norm = total_norm(list(free))
     assert norm > 0.1
-    metrics = step_of(policy, max_grad_norm=0.05, lr=1.0)(batch)
-    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+    row = step_of(policy, max_grad_norm=0.05, lr=1.0)(batch)
+    assert float(row[-2]) == pytest.approx(norm, rel=1e-4)
     # SGD with a rate of 1 moves by the clipped gradient itself: the free one scaled to a norm of 0.05.
     moved = [old - new.detach() for old, new in zip(before, policy.parameters(), strict=True)]
     assert total_norm(moved) == pytest.approx(0.05, rel=1e-3)
@@ -239,15 +300,15 @@ def test_the_gradient_is_clipped_and_its_own_norm_reported(
 def test_a_small_gradient_is_not_clipped(make_policy: Callable[..., Tamiyo], batch: Minibatch) -> None:
     policy = make_policy()
     before = [parameter.detach().clone() for parameter in policy.parameters()]
-    metrics = step_of(policy, max_grad_norm=1e6, lr=0.5)(batch)
+    row = step_of(policy, max_grad_norm=1e6, lr=0.5)(batch)
     moved = [old - new.detach() for old, new in zip(before, policy.parameters(), strict=True)]
-    assert total_norm(moved) == pytest.approx(0.5 * float(metrics["grad_norm"]), rel=1e-3)
+    assert total_norm(moved) == pytest.approx(0.5 * float(row[-2]), rel=1e-3)
 
 
 def test_gradients_do_not_pile_up(make_policy: Callable[..., Tamiyo], batch: Minibatch) -> None:
     step = step_of(make_policy(), lr=1e-12)  # the policy stays where it is
     first, second = step(batch), step(batch)
-    assert float(second["grad_norm"]) == pytest.approx(float(first["grad_norm"]), rel=1e-5)
+    assert float(second[-2]) == pytest.approx(float(first[-2]), rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -257,12 +318,11 @@ def test_a_small_step_lowers_the_loss(
     policy = make_policy()
     batch = next(collected().minibatches(2, torch.Generator().manual_seed(seed)))
     config = PPOConfig(max_grad_norm=1e6, lr=1e-4)
-    before = ppo_loss(policy, batch, config)
-    metrics = UpdateStep(policy, torch.optim.SGD(policy.parameters(), config.lr), config)(batch)
-    after = ppo_loss(policy, batch, config)
+    before, _ = policy_loss(policy, batch, config)
+    row = step_of(policy, max_grad_norm=1e6, lr=1e-4)(batch)
+    after, _ = policy_loss(policy, batch, config)
     # To first order the loss falls by lr * |gradient|^2.
-    expected = config.lr * float(metrics["grad_norm"]) ** 2
-    assert (before.total - after.total).item() == pytest.approx(expected, rel=0.2)
+    assert (before - after).item() == pytest.approx(config.lr * float(row[-2]) ** 2, rel=0.2)
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -283,6 +343,11 @@ def test_a_small_step_lowers_the_loss(
         ({"entropy_coef": -1.0}, "ppo.entropy_coef=-1"),
         ({"value_coef": -1.0}, "ppo.value_coef=-1"),
         ({"target_kl": 0.0}, "ppo.target_kl=0"),
+        ({"value_clip": 0.0}, "ppo.value_clip=0"),
+        ({"clip_final": -0.1}, "ppo.clip_final=-0.1"),
+        ({"entropy_final": -1.0}, "ppo.entropy_final=-1"),
+        ({"auxiliary_coef": -1.0}, "ppo.auxiliary_coef=-1"),
+        ({"desired_kl": 0.0}, "ppo.desired_kl=0"),
     ],
     ids=str,
 )
@@ -291,6 +356,12 @@ def test_bad_settings_are_refused_by_name(settings: dict[str, float], key: str) 
         PPOConfig(**settings).validate()
 
 
+def test_an_unknown_schedule_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"ppo\.lr_schedule=cosine: choose one of linear, adaptive, constant"):
+        PPOConfig(lr_schedule="cosine").validate()
+
+
 def test_settings_on_the_edge_pass() -> None:
     PPOConfig(gamma=0.0, gae_lambda=1.0, entropy_coef=0.0, value_coef=0.0, target_kl=0.01).validate()
+    PPOConfig(entropy_final=0.0, clip_final=0.01, value_clip=0.01, lr_schedule="adaptive").validate()
     PPOConfig().validate()

@@ -109,6 +109,31 @@ def test_samples_follow_the_policy(small_policy: Policies, graph: GraphBatch) ->
     assert probs.max() > 2 * probs[graph.action_mask[0]].min()
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+def test_illegal_actions_are_never_drawn_in_a_million_draws(
+    small_policy: Policies, graph: GraphBatch, dtype: torch.dtype | None
+) -> None:
+    policy = small_policy()
+    policy.autocast = dtype
+    with torch.no_grad():  # what is illegal has by far the largest logit
+        policy.wait.bias.fill_(-40.0)
+        policy.germinate.bias.fill_(40.0)
+    legal = graph.action_mask.clone()
+    legal[:, 1:] &= torch.rand(legal[:, 1:].shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    legal[0, 1:] = False  # only WAIT
+    legal[1, -1] = False  # the last one cannot be drawn by a number just below 1
+    actor, counts = Actor(policy, 0), torch.zeros(legal.shape)
+    distribution, values = actor.policy.evaluate(graph.with_actions(legal))
+    log_probs = distribution.log_probs.detach()
+    actor._run = lambda _: (log_probs.repeat(34_000, 1), values)  # type: ignore[method-assign]
+    for _ in range(5):
+        actions = actor(graph).actions.view(34_000, 6)
+        counts += torch.stack([torch.bincount(column, minlength=legal.shape[1]) for column in actions.T])
+    assert counts.sum() > 1e6
+    assert not counts[~legal].any()
+    assert counts[0, 0] == 5 * 34_000
+
+
 # ---- stale weights ---------------------------------------------------------------------------------------------------
 
 
@@ -153,12 +178,12 @@ def test_a_rollout_of_decisions_can_be_backpropagated_through(small_policy: Poli
     rollout.finish(actor.value(graph), 0.9, 0.9)
     assert not any(value.is_inference() for value in vars(rollout).values() if isinstance(value, Tensor))
     for batch in rollout.minibatches(2, torch.Generator().manual_seed(0)):
-        parts = [batch.actions, batch.log_probs, batch.values, batch.advantages, batch.returns]
+        actions, log_probs, old_values, advantages, returns, *_ = parts = batch.targets
         assert not any(part.is_inference() or part.requires_grad for part in [*parts, *batch.graph.to_dict().values()])
         distribution, values = policy.evaluate(batch.graph)
         # Each factor is saved for the backward pass, which autograd refuses for an inference tensor.
-        ratio = (distribution.log_prob(batch.actions) - batch.log_probs).exp()
-        (ratio * batch.advantages + (values - batch.returns).square() + values * batch.values).sum().backward()
+        ratio = (distribution.log_prob(actions) - log_probs).exp()
+        (ratio * advantages + (values - returns).square() + values * old_values).sum().backward()
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in policy.parameters())
 
 
@@ -167,9 +192,9 @@ def test_a_rollout_of_decisions_can_be_backpropagated_through(small_policy: Poli
 
 def test_every_call_has_a_latency_and_the_warm_up_is_apart(small_policy: Policies, graph: GraphBatch) -> None:
     actor = Actor(small_policy(), 0)
-    assert actor.warm_ms == 0
+    assert actor.guard.warm_ms == 0
     actor.warm_up(graph)
-    assert actor.warm_ms > 0
+    assert actor.guard.warm_ms > 0
     assert len(actor.latencies_ms) == 0
     draws(actor, graph, 3)
     assert len(actor.latencies_ms) == 3

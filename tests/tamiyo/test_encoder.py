@@ -341,3 +341,24 @@ def test_threads_do_not_change_the_forward_pass(
     assert torch.equal(one, many)
     for a, b in zip(gradients, others, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
+
+
+# ---- half precision --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["pyg", "dense", "segment", "native"])
+def test_half_precision_is_near_the_fp32_reference(
+    random_graph: Callable[..., GraphBatch], backend: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(SMALL, [32, 32, 32, 32], 4, READ, backend)  # as it is before training
+    graph = random_graph(40, SIZES, 0.5, schema=SMALL)
+    expected = encoders.backend("pyg")(encoder, graph)
+    with torch.autocast("cpu", dtype):
+        out = encoder(graph)
+    for node, value in expected.items():
+        assert (out[node].float() - value).abs().max() <= 2e-2 * value.abs().max(), node
+        # All but `native`, whose kernel is fp32, do run in another type.
+        assert torch.equal(out[node], encoders.backend("native")(encoder, graph)[node]) == (backend == "native")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from envs.growth_env import GrowthEnv
 from esper.graph import GraphBatch
 from esper.graph.schema import SCHEMA
 from esper.growth.actions import RAMPS, WAIT, ActionLayout, Verb
@@ -55,6 +56,21 @@ def test_a_batch_is_its_graphs_one_by_one(small_policy: Policies, observe: Obser
     logits, values = policy(graph)
     for b in range(4):
         assert_close(policy(graph[b]), (logits[b : b + 1], values[b : b + 1]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["pyg", "segment", "dense", "native"])
+def test_a_batch_is_its_graphs_one_by_one_under_every_backend_and_head(
+    randomise: Callable[..., Tamiyo], make_env: Callable[..., GrowthEnv], scrambled: Callable[..., GraphBatch],
+    backend: str,
+) -> None:  # fmt: skip
+    # Hosts of different depths, whose slots are anywhere in their lifecycles.
+    graph = scrambled(make_env(37, host={"width": [4, 8], "stages": [2, 5]}), 0)
+    policy = randomise(Tamiyo(PolicyConfig(hidden=[8, 8, 12, 12], heads=2, backend=backend)))
+    together = policy.predict(graph)
+    alone = zip(*(policy.predict(graph[b]) for b in range(37)), strict=True)
+    for whole, parts in zip(together, alone, strict=True):
+        torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -235,11 +251,12 @@ def test_evaluate_masks_what_is_illegal(small_policy: Policies, observe: Observe
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_outputs_are_fp32_under_autocast(small_policy: Policies, observe: Observe, dtype: torch.dtype) -> None:
     policy, graph = small_policy(), observe()
-    expected, _ = policy(graph)
-    with torch.autocast("cpu", dtype):
-        logits, values = policy(graph)
-    assert (logits.dtype, values.dtype) == (torch.float32, torch.float32)
-    torch.testing.assert_close(logits, expected, atol=0.1, rtol=0.1)
+    expected = policy.predict(graph)
+    policy.autocast = dtype
+    outputs = policy.predict(graph)
+    assert [output.dtype for output in outputs] == [torch.float32] * 3
+    assert not torch.equal(outputs[0], expected[0])  # it does run in another type
+    torch.testing.assert_close(outputs, expected, atol=0.1, rtol=0.1)
 
 
 # ---- the untrained policy --------------------------------------------------------------------------------------------
@@ -270,11 +287,10 @@ def test_initial_weights_follow_the_global_seed() -> None:
 
 
 def gradients(policy: Tamiyo, graph: GraphBatch) -> dict[str, Tensor | None]:
-    """Of a random linear loss over all logits and values."""
+    """Of a random linear loss over all logits, values and auxiliary predictions."""
     generator = torch.Generator().manual_seed(4)
-    logits, values = policy(graph)
-    loss = (logits * torch.randn(logits.shape, generator=generator)).sum()
-    (loss + (values * torch.randn(values.shape, generator=generator)).sum()).backward()
+    outputs = policy.predict(graph)
+    torch.stack([(out * torch.randn(out.shape, generator=generator)).sum() for out in outputs]).sum().backward()
     return per_relation(policy, lambda parameter: parameter.grad)
 
 
@@ -295,18 +311,19 @@ def test_every_parameter_has_a_gradient(small_policy: Policies, random_graph: Ca
     assert without == []
 
 
-@pytest.mark.parametrize("output", ["logits", "values"])
+@pytest.mark.parametrize("output", range(3), ids=["logits", "values", "auxiliary"])
 def test_each_output_alone_teaches_the_encoder(
-    small_policy: Policies, random_graph: Callable[..., GraphBatch], output: str
+    small_policy: Policies, random_graph: Callable[..., GraphBatch], output: int
 ) -> None:
     policy = small_policy()
-    logits, values = policy(random_graph(4, dict.fromkeys(SCHEMA.nodes, 3), 0.7))
-    loss = values if output == "values" else logits
+    loss = policy.predict(random_graph(4, dict.fromkeys(SCHEMA.nodes, 3), 0.7))[output]
+    assert loss is not None
     (loss * torch.randn(loss.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
     taught = {name for name, parameter in policy.named_parameters() if parameter.grad is not None}
     heads = {name for name in dict(policy.named_parameters()) if not name.startswith("encoder.")}
     critic = {name for name in heads if name.startswith("value.")}
-    assert taught & heads == (critic if output == "values" else heads - critic)
+    auxiliary = {name for name in heads if name.startswith("contribution.")}
+    assert taught & heads == (heads - critic - auxiliary, critic, auxiliary)[output]
     for node in SCHEMA.nodes:
         grad = policy.encoder.inputs[node][0].weight.grad
         assert grad is not None, node

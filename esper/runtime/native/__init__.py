@@ -13,14 +13,18 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +136,12 @@ def call(function: Callable[..., None], work: Sequence[tuple[tuple[Any, ...], tu
         function(*map(ctypes.byref, structures), ctypes.c_int64(first), ctypes.c_int64(last))
 
     if len(work) > 1:
-        list(_pool(len(work)).map(one, work))
+        futures = [_pool(len(work)).submit(one, job) for job in work]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            wait(futures)  # also after a signal: they write to memory that the caller gives up
     else:
         for job in work:
             one(job)
@@ -141,3 +150,40 @@ def call(function: Callable[..., None], work: Sequence[tuple[tuple[Any, ...], tu
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="esper-native")
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """Float tensors whose memory is used again: the system clears what it hands out page by page, which for tens of
+    megabytes takes as long as the arithmetic on them.
+
+    Args:
+        keep: blocks that are kept while nobody uses them.
+    """
+
+    def __init__(self, keep: int = 2):
+        self._keep = keep
+        self._free: list[np.ndarray[Any, np.dtype[np.float32]]] = []
+
+    def take(self, count: int) -> Tensor:
+        """float32 [count], of any values, on a multiple of 64 bytes."""
+        block = None
+        # Tensors end at any time and in any thread, so a block changes hands by one operation: pop here, append there.
+        with suppress(IndexError):
+            while block is None or len(block) < count + _ALIGNED:
+                block = self._free.pop()  # one that is too small is given up
+        if block is None or len(block) < count + _ALIGNED:
+            block = np.empty(count + _ALIGNED, dtype=np.float32)
+        first = -(block.ctypes.data // block.itemsize) % _ALIGNED
+        view = block[first : first + count]
+        weakref.finalize(view, self._returned, block)  # once the tensor, which holds the view, is gone
+        return torch.from_numpy(view)
+
+    def _returned(self, block: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+        if len(self._free) < self._keep:
+            self._free.append(block)
+
+
+_ALIGNED = 16  # floats

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from esper.graph import GraphBatch, Layout
-from esper.runtime.native import call, fields, library, parts
+from esper.runtime.native import Memory, call, fields, library, parts
 from esper.tamiyo.encoders.parameters import Parameters, Shape
 
 _TILE = 32
@@ -178,6 +178,7 @@ def _graphs(plan: _Plan, batch: int, parameters: Iterable[_Parameter], **tensors
 
 # ---- as operators, which torch.compile takes as they are ------------------------------------------------------------
 
+_MEMORY = Memory()
 _PLANS: list[_Plan] = []  # by number; operators take tensors and numbers only
 
 
@@ -187,7 +188,7 @@ def _encode(
 ) -> tuple[Tensor, Tensor]:
     """The embeddings [B, nodes, out], and what the backward pass needs where `keep` is set."""
     x, attr, mask, *parameters = (value.contiguous() for value in (x, attr, mask, *parameters))
-    out, kept = _room(_PLANS[plan], x, keep)
+    out, kept = _room(_PLANS[plan], x, keep, _MEMORY.take)
     tensors = {"x": x, "attr": attr, "mask": mask, "out": out.zero_()} | ({"kept": kept} if keep else {})
     pairs = [_Parameter(value.data_ptr()) for value in parameters]
     graphs, alive = _graphs(_PLANS[plan], len(x), pairs, **tensors)
@@ -196,15 +197,15 @@ def _encode(
     return out, kept
 
 
-def _room(plan: _Plan, x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+def _room(plan: _Plan, x: Tensor, keep: bool, take: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
     # Flat: torch.compile would take another number of tiles than one for another program.
-    kept = x.new_empty(-(-x.shape[0] // _TILE) * plan.kept * _TILE if keep else 0)
+    kept = take(-(-x.shape[0] // _TILE) * plan.kept * _TILE if keep else 0)
     return x.new_empty(x.shape[0], plan.layout.size, plan.shape.hidden[-1]), kept
 
 
 @_encode.register_fake
 def _(x: Tensor, attr: Tensor, mask: Tensor, parameters: list[Tensor], plan: int, keep: bool) -> tuple[Tensor, Tensor]:
-    return _room(_PLANS[plan], x, keep)
+    return _room(_PLANS[plan], x, keep, x.new_empty)
 
 
 @torch.library.custom_op("esper::encode_backward", mutates_args=())
