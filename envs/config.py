@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -37,13 +38,30 @@ class RewardConfig:
 
 
 @dataclass
-class EnvConfig:
+class BaseEnvConfig:
+    """What every environment has. `kind` says which class a configuration is of, also once it is plain containers."""
+
+    kind: str = MISSING
+    name: str = MISSING  # of the folder that runs go to
+    num_envs: int = MISSING  # side by side
+
+    def validate(self, prefix: str = "env") -> None:
+        """Checks the values.
+
+        Raises:
+            ConfigError: names the key, the value and the remedy.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class EnvConfig(BaseEnvConfig):
     """One growth environment."""
 
-    name: str = MISSING
+    kind: str = "growth"
+    num_envs: int = 32  # hosts trained side by side
     task: str = MISSING
     dynamics: str = "trained"  # or "surrogate": epochs are drawn from a model fitted to real ones
-    num_envs: int = 32  # hosts trained side by side
     engine: str = "auto"  # what trains the hosts, one of ENGINES
     epochs: int = MISSING  # steps of an episode
     blueprints: list[str] = MISSING
@@ -65,6 +83,8 @@ class EnvConfig:
         Raises:
             ConfigError: names the key, the value and the remedy.
         """
+        if self.kind != EnvConfig.kind:
+            raise ConfigError(f"{prefix}.kind={self.kind}: is growth for this environment; choose another by env=NAME")
         check_positive(
             prefix,
             {
@@ -133,8 +153,10 @@ def load_config(name: str, contexts: str | None = None, **overrides: Any) -> Env
     """
     folder = resources.files("esper.conf") / "env"
     values = _read(folder, "env", name)
-    chosen = contexts or values.pop("defaults")[0]["contexts"]
-    values.pop("defaults", None)
+    defaults = [entry for entry in values.pop("defaults") if isinstance(entry, Mapping)]
+    if not defaults:
+        raise ConfigError(f"env={name}: not a growth environment")
+    chosen = contexts or defaults[0]["contexts"]
     drawn = _read(folder / "contexts", "env/contexts", chosen)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(EnvConfig), {"contexts": drawn}, values, overrides)

@@ -17,6 +17,8 @@ from envs.config import EnvConfig, host_spec
 from envs.reward import gain, load_reference, rent
 from envs.surrogate import SurrogatePopulation
 from esper.graph import GraphBatch
+from esper.graph.interface import GROWTH, Interface
+from esper.graph.schema import SCHEMA
 from esper.growth.actions import ActionLayout, Verb
 from esper.growth.context import Context
 from esper.growth.lifecycle import is_kept, is_live
@@ -41,6 +43,8 @@ class GrowthEnv:
         autoreset: start the next episode in the step that ended one (SAME_STEP); otherwise the caller resets.
         device: where the population lives.
     """
+
+    interface = Interface(SCHEMA, GROWTH)
 
     def __init__(
         self,

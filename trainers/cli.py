@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -103,23 +104,24 @@ def explain(error: Exception, schema: type) -> str:
     if wrong:
         return f"{where}: {wrong[0].removeprefix('Value ')}; see --help for its type"
     if match := re.search(r"missing mandatory value: (\S+)", text, flags=re.IGNORECASE):
-        return f"{match[1]}: must be given as {match[1]}=VALUE"
+        name = key[1] if key else match[1]
+        return f"{name}: must be given as {name}=VALUE"
     return f"{lines[0]} (key: {where}); see --help for the keys and their form"
 
 
 def _check_keys(given: DictConfig, schema: type) -> None:
-    """Refuses keys that `+KEY=VALUE` has added to a node of the schema."""
-    known = OmegaConf.structured(schema)
+    """Refuses keys that `+KEY=VALUE` has added to a node with a dataclass of its own."""
     for key in _keys(given):
-        parent = OmegaConf.select(known, key.rpartition(".")[0]) if "." in key else known
-        # An optional node that is None in the schema has its own type, and OmegaConf has checked it. A list of the
-        # keys, because `in` is False for those without a value.
-        if isinstance(parent, DictConfig) and key.rpartition(".")[2] not in list(parent):
+        path, _, name = key.rpartition(".")
+        kind = OmegaConf.get_type(OmegaConf.select(given, path) if path else given)
+        if is_dataclass(kind) and name not in {field.name for field in fields(kind)}:
             raise ConfigError(_unknown(key, schema))
 
 
 def _unknown(key: str, schema: type) -> str:
-    close = difflib.get_close_matches(key, sorted(_keys(OmegaConf.structured(schema))), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key, _known(schema), n=1, cutoff=0.5)
+    if key in close:
+        return f"{key}: the environment chosen by env=NAME has no such key; --help lists those that it has"
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{key}: no such key; {hint}all keys are listed by --help"
 
@@ -131,3 +133,14 @@ def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
         yield name
         if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
             yield from _keys(config[key], f"{name}.")
+
+
+def _known(schema: type) -> list[str]:
+    """All dotted keys of a schema, with those of every class that a node of it may be of."""
+    config, names = OmegaConf.structured(schema), set()
+    for key in _keys(config):
+        names.add(key)
+        kind = OmegaConf.get_type(config, key) if "." not in key else None
+        for own in kind.__subclasses__() if is_dataclass(kind) else ():
+            names.update(_keys(OmegaConf.structured(own), f"{key}."))
+    return sorted(names)

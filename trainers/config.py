@@ -11,7 +11,10 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from envs.config import EnvConfig
+from envs.adapter_config import GymConfig, HeteroConfig
+from envs.config import BaseEnvConfig, EnvConfig
+from esper.runtime import precision
+from esper.runtime.compiled import CompileGuard
 from esper.runtime.errors import ConfigError, check_positive
 from esper.simic.config import PPOConfig
 from esper.tamiyo import baselines
@@ -25,6 +28,10 @@ class RuntimeConfig:
 
     device: str = "cpu"
     threads: int = 1  # of torch, per process
+    precision: str = "fp32"  # of the policy's matrix products: fp32, bf16 or fp16
+    compile: bool = True  # the actor and the update step by torch.compile
+    cuda_graphs: bool = False  # capture them
+    actor_device: str | None = None  # where the actor runs; None: on `device`
 
     def validate(self) -> None:
         """Checks the values.
@@ -33,11 +40,27 @@ class RuntimeConfig:
             ConfigError: names the key, the value and the remedy.
         """
         check_positive("runtime", {"threads": self.threads})
-        try:
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"runtime.device={self.device}: {reason}; try runtime.device=cpu") from error
+        precision.check(self.precision)
+        for name in ("device", "actor_device"):
+            device = getattr(self, name)
+            try:
+                torch.zeros(1, device=device)
+            except (RuntimeError, AssertionError) as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"runtime.{name}={device}: {reason}; try runtime.{name}=cpu") from error
+        if self.cuda_graphs and torch.device(self.device).type != "cuda":
+            raise ConfigError(f"runtime.cuda_graphs=true: needs runtime.device=cuda, not {self.device}")
+        if self.cuda_graphs and not self.compile:
+            raise ConfigError("runtime.cuda_graphs=true: needs runtime.compile=true")
+
+    def guard(self, name: str, device: str) -> CompileGuard:
+        """Of what is called `name` and runs on `device`."""
+        why_not = None
+        if not self.compile:
+            why_not = "runtime.compile=false"
+        elif torch.device(device).type not in ("cpu", "cuda"):
+            why_not = f"device {device}"
+        return CompileGuard(name, why_not, self.cuda_graphs)
 
 
 @dataclass
@@ -73,7 +96,7 @@ class EvaluationConfig:
                 raise ConfigError(f"{prefix}baselines={name}: no such baseline; choose all, none, or from {known}")
         return chosen
 
-    def validate(self, env: EnvConfig, prefix: str) -> None:
+    def validate(self, env: BaseEnvConfig, prefix: str) -> None:
         """Checks the values against an environment.
 
         Raises:
@@ -81,6 +104,14 @@ class EvaluationConfig:
         """
         if self.episodes < 0:
             raise ConfigError(f"{prefix}episodes={self.episodes}: must not be negative")
+        if not isinstance(env, EnvConfig):
+            names = [self.baselines] if isinstance(self.baselines, str) else self.baselines
+            for name in names:
+                if name not in ("all", "none", "random"):
+                    raise ConfigError(
+                        f"{prefix}baselines={name}: the only baseline of this environment is random; choose all or none"
+                    )
+            return
         self.controllers.validate(list(env.blueprints), f"{prefix}controllers")
         for name in self.names(env.instances, prefix):
             baselines.make(name, self.controllers, env.instances, list(env.blueprints), self.seed)
@@ -93,7 +124,7 @@ class TrainConfig:
     seed: int = 1
     output_dir: str = "runs"
     resume: str | None = None
-    env: EnvConfig = field(default_factory=EnvConfig)
+    env: BaseEnvConfig = field(default_factory=BaseEnvConfig)  # of the class that conf/env names
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -127,7 +158,7 @@ class EvaluateConfig(EvaluationConfig):
     """`python -m trainers.evaluate`."""
 
     checkpoint: str = MISSING  # a run directory or a checkpoint file
-    env: EnvConfig | None = None  # another environment; default: the one it was trained on
+    env: BaseEnvConfig | None = None  # another environment; default: the one it was trained on
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
@@ -147,6 +178,8 @@ class BenchmarkSettings:
     graphs: list[int] = field(default_factory=lambda: [32, 256])  # batches that are encoded
     compile: bool = True  # also the compiled encoder
     large: list[int] = field(default_factory=lambda: [1_000, 10_000, 100_000])  # nodes of single graphs
+    rows: list[int] = field(default_factory=lambda: [1_000, 100_000, 1_000_000])  # that are pooled
+    iterations: int = 5  # of training, end to end
 
 
 @dataclass
@@ -169,7 +202,9 @@ class BenchmarkConfig:
             raise ConfigError(f"seed={self.seed}: must not be negative")
         self.runtime.validate()
         s = self.benchmark
-        check_positive("benchmark", {name: getattr(s, name) for name in ("hosts", "repeats", "size_repeats")})
+        check_positive(
+            "benchmark", {name: getattr(s, name) for name in ("hosts", "repeats", "size_repeats", "iterations")}
+        )
         if not 1 <= s.hosts_one_by_one <= s.hosts:
             raise ConfigError(
                 f"benchmark.hosts_one_by_one={s.hosts_one_by_one}: must be from 1 to {s.hosts}, all hosts"
@@ -182,8 +217,9 @@ class BenchmarkConfig:
             raise ConfigError(f"benchmark.clock={s.clock}: choose wall or cpu")
         if s.clock == "cpu" and self.runtime.device != "cpu":
             raise ConfigError(f"benchmark.clock=cpu: does not see what runs on {self.runtime.device}; choose wall")
-        if any(n < 1 for n in (*s.graphs, *s.large)):
-            raise ConfigError(f"benchmark.graphs={s.graphs}, benchmark.large={s.large}: sizes must be above 0")
+        for name, sizes in (("graphs", s.graphs), ("large", s.large), ("rows", s.rows)):
+            if any(n < 1 for n in sizes):
+                raise ConfigError(f"benchmark.{name}={sizes}: sizes must be above 0")
         for name in s.policies:
             load_policy(name)
         if not s.tasks:
@@ -211,6 +247,8 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
+    for kind in (EnvConfig, GymConfig, HeteroConfig):
+        store.store(name=f"{kind.kind}_schema", node=kind)
     store.store(name="benchmark_schema", node=BenchmarkConfig)
     OmegaConf.register_new_resolver("esper.run_dir", _run_dir, use_cache=True, replace=True)
     OmegaConf.register_new_resolver(

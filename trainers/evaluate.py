@@ -8,11 +8,13 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from envs.config import saved_config
+from envs.config import EnvConfig
+from envs.growth_env import GrowthEnv
+from envs.making import make_envs, saved_env_config
 from esper.runtime import checkpoint
 from esper.runtime.errors import ConfigError
-from esper.tamiyo.loading import load_state, policy_of
-from trainers import cli, config, evaluation
+from esper.tamiyo.loading import interface_of, load_state, policy_of
+from trainers import cli, config, judging
 from trainers.config import EvaluateConfig
 
 
@@ -26,18 +28,27 @@ def _main(given: DictConfig) -> None:
         raise ConfigError(f"episodes={settings.episodes}: must be above 0")
     path, state = load_state(settings.checkpoint, "checkpoint")
     if settings.env is None:
-        env = saved_config(state["config"]["env"])
+        env = saved_env_config(state["config"]["env"])
     else:
         env = settings.env
         env.validate()
     settings.validate(env, "")
+    interface = interface_of(state)
+    # Growth environments all have one interface; others show theirs once they are made.
+    growth = isinstance(env, EnvConfig)
+    if (GrowthEnv.interface if growth else make_envs(env, 1).interface) != interface:
+        raise ConfigError(
+            f"env={env.name}: its graphs or actions differ from those that {settings.checkpoint} was trained on; "
+            "evaluate it on an environment of the same kind and sizes"
+        )
     torch.set_num_threads(settings.runtime.threads)
     policy = policy_of(state, settings.runtime.device)
-    report = evaluation.evaluate(policy, env, settings, settings.runtime.device, str(path))
+    learned = {} if growth else state["env"]["learned"]
+    report = judging.evaluate(policy, env, settings, settings.runtime.device, str(path), learned)
     run_dir = path.parent.parent if path.parent.name == checkpoint.FOLDER else path.parent
-    evaluation.write(report, run_dir / "eval")
+    judging.write(report, run_dir / "eval")
     console = cli.console()
-    console.print(evaluation.table(report))
+    console.print(judging.table(report))
     console.print(f"report: {run_dir / 'eval' / 'report.md'} and report.json", soft_wrap=True, highlight=False)
 
 

@@ -22,7 +22,7 @@ from esper.graph import GraphBatch
 from esper.tamiyo import baselines
 from esper.tamiyo.actor import Actor
 from esper.tamiyo.baselines import Controller
-from esper.tamiyo.policy import Tamiyo
+from esper.tamiyo.policy import GraphPolicy
 from trainers.config import EvaluationConfig
 from trainers.progress import Reporter
 
@@ -45,7 +45,7 @@ _ACCOUNTS = (
 class TamiyoController:
     """A trained policy behind the interface of the baselines."""
 
-    def __init__(self, policy: Tamiyo, seed: int, deterministic: bool):
+    def __init__(self, policy: GraphPolicy, seed: int, deterministic: bool):
         self._actor = Actor(policy, seed, deterministic)
 
     def begin(self, hosts: int) -> None:
@@ -99,7 +99,7 @@ def _summary(scores: np.ndarray) -> dict[str, Any]:
 
 
 def evaluate(
-    policy: Tamiyo, config: EnvConfig, settings: EvaluationConfig, device: str, checkpoint: str
+    policy: GraphPolicy, config: EnvConfig, settings: EvaluationConfig, device: str, checkpoint: str
 ) -> dict[str, Any]:
     """Plays Tamiyo and the chosen baselines; returns the report.
 
@@ -112,6 +112,7 @@ def evaluate(
         kinds = list(config.blueprints)
         controllers[name] = baselines.make(name, settings.controllers, config.instances, kinds, settings.seed)
     report: dict[str, Any] = {
+        "kind": config.kind,
         "environment": config.name,
         "checkpoint": checkpoint,
         "episodes": settings.episodes,
@@ -139,6 +140,11 @@ def evaluate(
             row["tamiyo_minus_this"] = _summary(mine - theirs)
             row["probability_of_improvement"] = float(np.mean((mine > theirs) + 0.5 * (mine == theirs)))
     return report
+
+
+def scalars(report: dict[str, Any]) -> dict[str, float]:
+    """What is logged as `eval/`."""
+    return {f"eval/{name}": row["iqm"] for name, row in report["controllers"].items()}
 
 
 _HEADINGS = ("controller", "return (IQM)", "Tamiyo minus it", "P(better)", "accuracy", "size")

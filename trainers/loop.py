@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 
-from envs.growth_env import GrowthEnv
-from esper.graph.schema import SCHEMA
-from esper.runtime import checkpoint, seeding
+from envs.adapter import AdaptedEnv
+from envs.making import make_envs
+from esper.graph.interface import GROWTH
+from esper.runtime import checkpoint, precision, seeding
 from esper.runtime.errors import ConfigError, Preempted, TrainingError
 from esper.runtime.telemetry import Telemetry
 from esper.simic.learner import Simic
 from esper.simic.rollout import Rollout
 from esper.tamiyo.actor import Actor
-from esper.tamiyo.policy import Tamiyo
-from trainers import evaluation
+from esper.tamiyo.policies import make_policy
+from trainers import judging
 from trainers.config import TrainConfig
 from trainers.progress import Reporter
 
@@ -52,11 +53,15 @@ class Trainer:
         self.config, self.run_dir = config, run_dir
         device = config.runtime.device
         torch.set_num_threads(config.runtime.threads)
+        precision.set_up(device)
         seeding.seed_everything(config.seed)
-        self.policy = Tamiyo(config.policy).to(device)
-        self.learner = Simic(self.policy, config.ppo, config.seed)
-        self.actor = Actor(self.policy, config.seed)
-        self.env = GrowthEnv(config.env, config.env.num_envs, device=device)
+        self.env = make_envs(config.env, config.env.num_envs, device=device)
+        self.policy = make_policy(config.policy, self.env.interface).to(device)
+        runtime, acting = config.runtime, config.runtime.actor_device or device
+        self.learner = Simic(
+            self.policy, config.ppo, config.seed, runtime.precision, runtime.guard("update step", device)
+        )
+        self.actor = Actor(self.policy, config.seed, guard=runtime.guard("actor", acting), device=acting)
         self.rollout = Rollout(config.ppo.num_steps, config.env.num_envs, device)
         self.step, self.iteration = 0, 0
         self.window: deque[dict[str, float]] = deque(maxlen=_WINDOW)
@@ -92,10 +97,14 @@ class Trainer:
                     scalars = self._iterate()
                     with self._files_guarded("write the logs"):
                         telemetry.log(self.step, scalars)
+                        latencies = "tamiyo.gnn.inference.latency_ms.histogram"
+                        telemetry.histogram(self.step, latencies, self.actor.latencies_ms)
                     reporter.update(self.step, f"return {scalars.get('rollout/ep_rew_mean', float('nan')):+.3f}")
-                    last = self.step >= total
-                    if last or self._signal or self.iteration % self.config.checkpoint.every == 0:
-                        self.save()
+                    last, failed = self.step >= total, self.learner.failed
+                    if last or failed or self._signal or self.iteration % self.config.checkpoint.every == 0:
+                        self.save()  # also of a run that failed: what went wrong has left no mark on the parameters
+                    if failed:
+                        raise TrainingError(f"{failed}: python -m trainers.train resume={self.run_dir}")
                     if self._signal and not last:
                         name = signal.Signals(self._signal).name
                         raise Preempted(
@@ -120,9 +129,11 @@ class Trainer:
         self.iteration += 1
         scalars = {}
         if self.window:
-            scalars = {name: _mean([episode[key] for episode in self.window]) for name, key in _EPISODE_SCALARS.items()}
+            known = {name: key for name, key in _EPISODE_SCALARS.items() if key in self.window[0]}
+            scalars = {name: _mean([episode[key] for episode in self.window]) for name, key in known.items()}
         named = ("approx_kl", "clip_fraction", "entropy_loss", "explained_variance", "learning_rate", "loss")
-        scalars |= {f"train/{name}": metrics[name] for name in (*named, "policy_gradient_loss", "value_loss")}
+        losses = "policy_gradient_loss", "value_loss", "auxiliary_loss"
+        scalars |= {f"train/{name}": metrics[name] for name in (*named, *losses)}
         return scalars | {
             "grad/norm": metrics["grad_norm"],
             "time/fps": self.steps_per_iteration / (updated - start),
@@ -130,10 +141,12 @@ class Trainer:
             "perf/update_s": updated - collected,
             "perf/graph_build_ms": 1e3 * _mean(self.env.graph_build_s),
             "perf/graphs_per_s": ppo.epochs * self.steps_per_iteration / (updated - collected),
-            "perf/recompiles": float(self.actor.recompiles),
-            "tamiyo.gnn.compile_enabled": float(self.actor.compile_enabled),
-            "tamiyo.gnn.compile_fallback_total": float(self.actor.compile_fallback_total),
-            "tamiyo.gnn.compile_warm_ms": self.actor.warm_ms,
+            "perf/recompiles": float(self.actor.guard.recompiles + self.learner.guard.recompiles),
+            "amp/scale": self.learner.scaler.scale,
+            "amp/skipped_steps": float(self.learner.skipped_total),
+            "tamiyo.gnn.compile_enabled": float(self.actor.guard.enabled),
+            "tamiyo.gnn.compile_fallback_total": float(self.actor.guard.fallback_total),
+            "tamiyo.gnn.compile_warm_ms": self.actor.guard.warm_ms,
             "tamiyo.gnn.inference.latency_ms": _mean(self.actor.latencies_ms),
         }
 
@@ -141,6 +154,7 @@ class Trainer:
         """Fills the rollout with T steps of every environment, and computes advantages."""
         rollout, ppo = self.rollout, self.config.ppo
         rollout.clear()
+        self.actor.sync()
         for _ in range(ppo.num_steps):
             decision = self.actor(self.graph)
             graph, reward, terminated, truncated, info = self.env.step(decision.actions.clone())
@@ -149,10 +163,10 @@ class Trainer:
             self.graph = graph
             if info:
                 self._note(info["episodes"])
-        rollout.finish(self.actor.value(self.graph), ppo.gamma, ppo.gae_lambda)
+        self.learner.finish(rollout, self.actor.value(self.graph))
 
     def _note(self, episodes: dict[str, torch.Tensor]) -> None:
-        columns = {key: episodes[key].tolist() for key in _EPISODE_SCALARS.values()}
+        columns = {key: episodes[key].tolist() for key in _EPISODE_SCALARS.values() if key in episodes}
         for values in zip(*columns.values(), strict=True):
             self.window.append(dict(zip(columns, map(float, values), strict=True)))
 
@@ -164,11 +178,12 @@ class Trainer:
         """
         newest = str(checkpoint.found(self.run_dir)[0])
         config = self.config
-        report = evaluation.evaluate(self.policy, config.env, config.evaluation, config.runtime.device, newest)
+        learned = self.env.learned() if isinstance(self.env, AdaptedEnv) else {}
+        report = judging.evaluate(self.policy, config.env, config.evaluation, config.runtime.device, newest, learned)
         with self._files_guarded("write the evaluation"):
-            evaluation.write(report, self.run_dir / "eval")
+            judging.write(report, self.run_dir / "eval")
             telemetry = Telemetry(self.run_dir, self.step)
-            telemetry.log(self.step, {f"eval/{name}": row["iqm"] for name, row in report["controllers"].items()})
+            telemetry.log(self.step, judging.scalars(report))
             telemetry.close()
         return report
 
@@ -217,7 +232,9 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "schema_hash": SCHEMA.hash,
+            "schema_hash": self.env.interface.schema.hash,
+            # Growth environments' is this version's own.
+            "interface": None if self.env.interface.actions == GROWTH else self.env.interface.state(),
             "config": asdict(self.config),
             "step": self.step,
             "iteration": self.iteration,
@@ -229,9 +246,10 @@ class Trainer:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if state["schema_hash"] != SCHEMA.hash:
+        schema = self.env.interface.schema.hash
+        if state["schema_hash"] != schema:
             raise ConfigError(
-                f"resume={self.run_dir}: its graph schema is {state['schema_hash']}, this version's is {SCHEMA.hash}; "
+                f"resume={self.run_dir}: its graph schema is {state['schema_hash']}, this version's is {schema}; "
                 "resume it with the version that wrote it"
             )
         self.step, self.iteration = state["step"], state["iteration"]

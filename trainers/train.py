@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from envs.making import saved_env_config
+from esper.graph.segment import acceleration_status
 from esper.runtime import checkpoint
 from esper.runtime.errors import ConfigError
-from trainers import cli, config, evaluation
+from trainers import cli, config, judging
 from trainers.config import TrainConfig
 from trainers.loop import Trainer
+
+log = logging.getLogger(__name__)
 
 # What a resumed run may not change: its parameters, its instances or its state would no longer fit.
 _FIXED = ("env", "policy", "seed")
@@ -32,7 +37,8 @@ def resumed_config(given: DictConfig, overrides: list[str], saved: dict[str, Any
     Raises:
         ConfigError: an override would change what is fixed.
     """
-    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), saved)
+    env = OmegaConf.structured(saved_env_config(saved["env"]))
+    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), {"env": env}, saved)
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~").partition("@")[0].replace("/", ".")
         if key in ("resume", "output_dir"):
@@ -66,6 +72,9 @@ def _main(given: DictConfig) -> None:
         settings = resumed_config(given, list(HydraConfig.get().overrides.task), state["config"], str(run_dir))
     else:
         settings = config.to_train_config(given)
+    status = acceleration_status()
+    way = "accelerated in eager code" if status["acceleration_enabled"] else "native"
+    log.info("segment reductions: %s (%s)", way, status["why"])
     trainer = Trainer(settings, run_dir, state)
     console.print(f"run directory: {run_dir}", soft_wrap=True, highlight=False)
     if state is not None:
@@ -75,7 +84,7 @@ def _main(given: DictConfig) -> None:
             return
     trainer.run()
     if settings.evaluation.episodes:
-        console.print(evaluation.table(trainer.evaluate()))
+        console.print(judging.table(trainer.evaluate()))
     for line in (
         f"run directory:    {run_dir}",
         f"train longer:     python -m trainers.train resume={run_dir} ppo.total_steps={2 * settings.ppo.total_steps}",

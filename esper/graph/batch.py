@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from esper.graph.layout import Layout
 from esper.graph.schema import Relation
@@ -58,6 +59,34 @@ class Packed:
     def map(self, function: Callable[[Tensor], Tensor]) -> Packed:
         """With `function` applied to every tensor."""
         return Packed(self.layout, *(function(value) for value in self.tensors()))
+
+    def padded(self, layout: Layout) -> Packed:
+        """The same graphs in a layout of the same schema with as much room or more: padding stands behind the nodes."""
+        if layout == self.layout:
+            return self
+        result = empty(layout, len(self.x), self.x.device)
+        for node, count, _ in self.layout.types:
+            own, first = self.layout.nodes[node], layout.nodes[node].start
+            place = slice(first, first + count)
+            result.x[:, place], result.node_mask[:, place] = self.x[:, own], self.node_mask[:, own]
+        for relation, _, planes in self.layout.relations:
+            sources, targets = self.layout.counts[relation[0]], self.layout.counts[relation[2]]
+            room = layout.planes[relation], layout.counts[relation[0]]
+            for cells, wider in ((self.attr, result.attr), (self.mask, result.mask)):
+                old = self.layout.of_relation(cells, relation).unflatten(2, (planes, sources))
+                layout.of_relation(wider, relation).unflatten(2, room)[:, :targets, :planes, :sources] = old
+        return result
+
+
+def empty(layout: Layout, size: int, device: torch.device | str = "cpu") -> Packed:
+    """`size` graphs without nodes or edges."""
+    return Packed(
+        layout,
+        torch.zeros(size, layout.size, layout.features, device=device),
+        torch.zeros(size, layout.size, dtype=torch.bool, device=device),
+        torch.zeros(size, layout.cells, layout.attributes, device=device),
+        torch.zeros(size, layout.cells, dtype=torch.bool, device=device),
+    )
 
 
 class GraphBatch:
@@ -118,6 +147,11 @@ class GraphBatch:
             return tuple(relation for relation, _, _ in self._packed.layout.relations)
         return tuple(self.edges)
 
+    @property
+    def layout(self) -> Layout | None:
+        """That of the packed form, or None where the batch is made of dictionaries."""
+        return None if self._packed is None else self._packed.layout
+
     def pack(self) -> Packed:
         """The packed form: what the batch was made of, or a copy of its dictionaries."""
         return self._packed if self._packed is not None else _pack(self.x, self.node_mask, self.edges)
@@ -159,11 +193,14 @@ class GraphBatch:
 
     @staticmethod
     def cat(batches: Sequence[GraphBatch]) -> GraphBatch:
-        """Concatenates batches of equal padding over B."""
+        """Concatenates batches over B: packed ones are padded to the largest, others must have equal padding."""
         packed = [batch._packed for batch in batches if batch._packed is not None]
-        if len(packed) == len(batches) and all(each.layout == packed[0].layout for each in packed):
-            joined = (torch.cat(parts) for parts in zip(*(each.tensors() for each in packed), strict=True))
-            return GraphBatch.of(Packed(packed[0].layout, *joined), torch.cat([b.action_mask for b in batches]))
+        if len(packed) == len(batches):
+            layout = Layout.largest([each.layout for each in packed])
+            joined = (torch.cat(parts) for parts in zip(*(p.padded(layout).tensors() for p in packed), strict=True))
+            widest = max(batch.action_mask.shape[1] for batch in batches)
+            masks = [F.pad(batch.action_mask, (0, widest - batch.action_mask.shape[1])) for batch in batches]
+            return GraphBatch.of(Packed(layout, *joined), torch.cat(masks))
         dicts = [batch.to_dict() for batch in batches]
         return GraphBatch.from_dict({key: torch.cat([d[key] for d in dicts]) for key in dicts[0]})
 
@@ -283,6 +320,17 @@ def _pairs(layout: Layout, relation: Relation) -> tuple[Tensor, Tensor]:
     return layout.pairs(relation)
 
 
+def planes_of(pair: Tensor) -> Tensor:
+    """int64 [edges], how many edges before each join the same pair; `pair` int64 [edges] numbers the pairs."""
+    order = pair.argsort(stable=True)
+    number = torch.arange(len(pair), device=pair.device)
+    runs = torch.ones_like(pair, dtype=torch.bool)
+    runs[1:] = pair[order][1:] != pair[order][:-1]
+    plane = torch.empty_like(pair)
+    plane[order] = number - torch.where(runs, number, 0).cummax(0).values  # its place in the run of equals
+    return plane
+
+
 def _pack(x: dict[str, Tensor], node_mask: dict[str, Tensor], edges: dict[Relation, Edges]) -> Packed:
     """Packs lists; pairs that several edges join get as many planes as they need."""
     types = tuple((node, value.shape[1], value.shape[2]) for node, value in x.items())
@@ -292,13 +340,7 @@ def _pack(x: dict[str, Tensor], node_mask: dict[str, Tensor], edges: dict[Relati
         batch, place = edge.mask.nonzero(as_tuple=True)
         source, target = edge.source[batch, place], edge.target[batch, place]
         pair = (batch * targets + target) * sources + source
-        # How many edges before it join the same pair: its place in the run of equals.
-        order = pair.argsort(stable=True)
-        number = torch.arange(len(pair), device=pair.device)
-        runs = torch.ones_like(pair, dtype=torch.bool)
-        runs[1:] = pair[order][1:] != pair[order][:-1]
-        plane = torch.empty_like(pair)
-        plane[order] = number - torch.where(runs, number, 0).cummax(0).values
+        plane = planes_of(pair)
         planes = int(plane.max()) + 1 if len(plane) else 1
         relations.append((relation, edge.attr.shape[2], planes))
         cells[relation] = batch, target, plane * sources + source, edge.attr[batch, place]
@@ -307,7 +349,7 @@ def _pack(x: dict[str, Tensor], node_mask: dict[str, Tensor], edges: dict[Relati
     size = len(first)
     packed = Packed(
         layout,
-        torch.cat([torch.nn.functional.pad(value, (0, layout.features - value.shape[2])) for value in x.values()], 1),
+        torch.cat([F.pad(value, (0, layout.features - value.shape[2])) for value in x.values()], 1),
         torch.cat(list(node_mask.values()), 1),
         first.new_zeros(size, layout.cells, layout.attributes),
         first.new_zeros(size, layout.cells, dtype=torch.bool),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -60,6 +60,20 @@ class Layout:
         return cls(
             tuple((node, counts[node], len(names)) for node, names in schema.nodes.items()),
             tuple((relation, len(names), 1) for relation, names in schema.relations.items()),
+        )
+
+    @classmethod
+    def largest(cls, layouts: Sequence[Layout]) -> Layout:
+        """With room for the graphs of each of `layouts`, which are of one schema."""
+        first = layouts[0]
+        if all(layout == first for layout in layouts):
+            return first
+        return cls(
+            tuple((node, max(each.counts[node] for each in layouts), features) for node, _, features in first.types),
+            tuple(
+                (relation, attributes, max(each.planes[relation] for each in layouts))
+                for relation, attributes, _ in first.relations
+            ),
         )
 
     @cached_property

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from esper.graph.interface import GROWTH, Interface
 from esper.graph.schema import SCHEMA
 from esper.runtime import checkpoint
 from esper.runtime.errors import ConfigError
-from esper.tamiyo.policy import PolicyConfig, Tamiyo
+from esper.tamiyo.policies import make_policy
+from esper.tamiyo.policy import GraphPolicy, PolicyConfig
 
 
 def load_state(given: str | PathLike[str], key: str = "path") -> tuple[Path, dict[str, Any]]:
@@ -34,19 +36,25 @@ def load_state(given: str | PathLike[str], key: str = "path") -> tuple[Path, dic
             state = checkpoint.read(path)
     except checkpoint.CheckpointError as error:
         raise ConfigError(f"{key}={given}: {error}") from error
-    if state["schema_hash"] != SCHEMA.hash:
+    if interface_of(state).schema.hash != state["schema_hash"]:
         raise ConfigError(f"{key}={given}: its graph schema differs from this version's; train it anew")
     return path, state
 
 
-def policy_of(state: dict[str, Any], device: torch.device | str = "cpu") -> Tamiyo:
+def interface_of(state: dict[str, Any]) -> Interface:
+    """What the policy in a checkpoint's state reads and chooses; that of growth environments is this version's."""
+    saved = state.get("interface")
+    return Interface(SCHEMA, GROWTH) if saved is None else Interface.of_state(saved)
+
+
+def policy_of(state: dict[str, Any], device: torch.device | str = "cpu") -> GraphPolicy:
     """The policy in a checkpoint's state, in eval mode."""
-    policy = Tamiyo(PolicyConfig(**state["config"]["policy"])).to(device)
+    policy = make_policy(PolicyConfig(**state["config"]["policy"]), interface_of(state)).to(device)
     policy.load_state_dict(state["learner"]["policy"])
     return policy.eval()
 
 
-def load_policy(path: str | PathLike[str], device: torch.device | str = "cpu") -> Tamiyo:
+def load_policy(path: str | PathLike[str], device: torch.device | str = "cpu") -> GraphPolicy:
     """The trained policy in a run directory (its newest whole checkpoint) or in a checkpoint file, in eval mode.
 
     Raises:

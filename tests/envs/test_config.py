@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from envs import tasks
+from envs.adapter_config import GymConfig, HeteroConfig
 from envs.config import host_spec, load_config, saved_config
 from envs.contexts import KINDS
 from envs.growth_env import GrowthEnv
+from envs.making import saved_env_config
 from envs.reward import load_reference
 from esper.growth import blueprints
 from esper.runtime.errors import ConfigError
@@ -56,6 +58,25 @@ def test_a_saved_configuration_is_restored():
     assert saved_config(dataclasses.asdict(config)) == config
 
 
+def test_configurations_of_every_kind_are_restored():
+    from_plain = {
+        config.kind: saved_env_config(dataclasses.asdict(config))
+        for config in (load_config("segment"), GymConfig(id="A-v0", kwargs={"a": 1}), HeteroConfig(target="a:b"))
+    }
+    assert from_plain["growth"] == load_config("segment")
+    assert from_plain["gym"] == GymConfig(id="A-v0", kwargs={"a": 1})
+    assert from_plain["hetero"] == HeteroConfig(target="a:b")
+    with pytest.raises(
+        ConfigError, match=r"env\.kind=mars: no such kind of environment; choose one of growth, gym, hete"
+    ):
+        saved_env_config({"kind": "mars"})
+
+
+def test_only_growth_environments_are_loaded_by_name():
+    with pytest.raises(ConfigError, match="env=gym: not a growth environment"):
+        load_config("gym")
+
+
 def test_hosts_have_room_for_every_width_that_is_drawn():
     sizes = {"width": [3, 5], "stages": [2, 4]}
     assert host_spec(load_config("segment", "plain", host=sizes)).width == 5
@@ -84,7 +105,7 @@ TASKS = "charlm, digits, digits_conv, mnist5k, segment, signal"
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("nope", {}, rf"env=nope: no such option; choose one of {TASKS}"),
+        ("nope", {}, r"env=nope: no such option; choose one of charlm, digits, digits_conv, gym, hetero, mnist5k"),
         ("segment", {"contexts": "nope"}, r"env/contexts=nope: no such option; choose one of growth, mixture, plain,"),
         ("segment", {"task": "mnist"}, rf"env\.task=mnist: no such task; choose one of {TASKS}"),
         ("segment", {"blueprints": ["brick"]}, r"env\.blueprints=brick: .*choose from .*bypass, .*mlp"),

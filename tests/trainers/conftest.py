@@ -22,6 +22,7 @@ TINY = [
     "ppo.minibatches=2",
     "checkpoint.every=1",
     "evaluation.episodes=0",
+    "runtime.compile=false",  # it takes far longer than the run
 ]
 
 

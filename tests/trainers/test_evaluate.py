@@ -89,7 +89,7 @@ def test_names_of_the_baselines():
         (["checkpoint={run}", "baselines=[wizard]"], "baselines=wizard: no such baseline"),
         (
             ["checkpoint={run}", "env=mars"],
-            "env=mars: no such option; choose one of charlm, digits, digits_conv, mnist5k, segment, signal",
+            "env=mars: no such option; choose one of charlm, digits, digits_conv, gym, hetero, mnist5k, segment",
         ),
         (["checkpoint={run}/metrics.jsonl"], "checkpoint={run}/metrics.jsonl: {run}/metrics.jsonl is not an Esper"),
         (["checkpoint={run}/tb"], "checkpoint={run}/tb: {run}/tb/checkpoints holds no checkpoint"),

@@ -13,6 +13,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from envs.growth_env import GrowthEnv
+from esper.graph import segment
 from esper.runtime import checkpoint
 from esper.runtime.telemetry import Telemetry
 from esper.simic import update
@@ -40,6 +42,8 @@ CONTRACT = {
         for name in ("compile_enabled", "compile_fallback_total", "compile_warm_ms", "inference.latency_ms")
     ),
     "grad/norm",
+    *(f"amp/{name}" for name in ("scale", "skipped_steps")),
+    "train/auxiliary_loss",
 }
 TIMED = ("time", "perf/", "tamiyo.gnn.")
 
@@ -115,6 +119,20 @@ def test_run_directory_and_closing_lines(run_train):
         assert (point.step, point.value) == (96, pytest.approx(row["iqm"]))
 
 
+@pytest.mark.parametrize(
+    ("extension", "line"),
+    [
+        ((None, None, "it is not installed"), "native (it is not installed)"),
+        ((print, "9", "torch-scatter 9 is installed"), "accelerated in eager code (torch-scatter 9 is installed)"),
+    ],
+)
+def test_the_start_says_which_segment_reductions_run(run_train, monkeypatch, extension, line):
+    monkeypatch.setattr(segment, "_extension", lambda: segment._Extension(*extension))
+    result = run_train("ppo.total_steps=32")
+    assert result.code == 0, result.err
+    assert [text for text in result.out.splitlines() if "reductions" in text] == [f"segment reductions: {line}"]
+
+
 def test_same_seed_same_bits_and_other_seed_other_run(run_train):
     first, second, other = run_train(), run_train(), run_train("seed=2")
     assert first.run_dir != second.run_dir
@@ -135,13 +153,22 @@ def stop_at(step: int, number: signal.Signals, monkeypatch) -> None:
     monkeypatch.setattr(Telemetry, "log", logging)
 
 
+# Everything that has state of its own: the loss scale, the scale of returns, a learning rate that follows the KL.
+STATEFUL = (
+    "runtime.precision=fp16", "ppo.normalize_returns=true", "ppo.lr_schedule=adaptive", "ppo.auxiliary_coef=0.1",
+    "ppo.entropy_final=0", "ppo.clip_final=0.1", "ppo.value_clip=0.2",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(("step", "number"), [(32, signal.SIGTERM), (64, signal.SIGINT)])
-@pytest.mark.parametrize("env", ["segment", "digits"])
-def test_preempted_and_resumed_equals_uninterrupted(run_train, monkeypatch, step, number, env):
-    whole = run_train(f"env={env}")
+@pytest.mark.parametrize(
+    "overrides", [["env=segment"], ["env=digits"], ["env=segment", *STATEFUL]], ids=["segment", "digits", "stateful"]
+)
+def test_preempted_and_resumed_equals_uninterrupted(run_train, monkeypatch, step, number, overrides):
+    whole = run_train(*overrides)
     with monkeypatch.context() as patch:
         stop_at(step, number, patch)
-        stopped = run_train(f"env={env}", "checkpoint.every=100")
+        stopped = run_train(*overrides, "checkpoint.every=100")
     assert stopped.code == 75
     assert f"resume={stopped.run_dir}" in stopped.err
     assert newest(stopped.run_dir)["step"] == step
@@ -223,7 +250,10 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(run_train):
         ("colour=red", "colour: no such key"),
         ("ppo.lr=fast", "ppo.lr: 'fast' of type 'str' could not be converted to Float"),
         ("seed=1.5", "seed: '1.5' of type 'float'"),
-        ("env=mars", "env=mars: no such option; choose one of charlm, digits, digits_conv, mnist5k, segment, signal"),
+        (
+            "env=mars",
+            "env=mars: no such option; choose one of charlm, digits, digits_conv, gym, hetero",
+        ),
         ("policy=huge", "policy=huge: no such option"),
         ("ppo.total_steps=-5", "ppo.total_steps=-5: must be above 0"),
         ("ppo.gamma=1.5", "ppo.gamma=1.5: must lie between 0 and 1"),
@@ -243,6 +273,10 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(run_train):
         ),
         ("policy.heads=3", "policy.heads=3: must divide"),
         ("runtime.device=warp", "runtime.device=warp:"),
+        ("runtime.actor_device=warp", "runtime.actor_device=warp:"),
+        ("runtime.precision=fp8", "runtime.precision=fp8: choose one of fp32, bf16, fp16"),
+        ("runtime.cuda_graphs=true", "runtime.cuda_graphs=true: needs runtime.device=cuda, not cpu"),
+        ("ppo.lr_schedule=cosine", "ppo.lr_schedule=cosine: choose one of linear, adaptive, constant"),
         ("evaluation.baselines=[never,magic]", "evaluation.baselines=magic: no such baseline"),
         ("evaluation.controllers.plateau.blueprint=7", "evaluation.controllers.plateau.blueprint=7:"),
         ("resume=no/such/run", "resume=no/such/run: no such directory"),
@@ -341,23 +375,66 @@ def test_file_size_limit_of_the_operating_system(run_train):
 
 
 def test_numbers_that_are_not_finite_end_training(run_train, monkeypatch):
-    honest = update.ppo_loss
-    calls = []
+    sound = run_train("ppo.normalize_returns=true").run_dir
+    honest, calls = GrowthEnv.step, []
 
-    def broken(*arguments):
-        loss = honest(*arguments)
+    def broken(self, actions):
+        graph, reward, *rest = honest(self, actions)
         calls.append(1)
-        loss.total = loss.total * (float("nan") if len(calls) == 6 else 1)  # in the second iteration
-        return loss
+        return graph, reward * (float("nan") if len(calls) > 8 else 1), *rest  # from the second iteration on
 
     with monkeypatch.context() as patch:
-        patch.setattr(update, "ppo_loss", broken)
-        result = run_train()
+        patch.setattr(GrowthEnv, "step", broken)
+        result = run_train("ppo.normalize_returns=true", "checkpoint.every=100")
     assert result.code == 3
-    assert "not finite" in result.err
-    assert newest(result.run_dir)["step"] == 32
-    assert all(t.isfinite().all() for t in newest(result.run_dir)["learner"]["policy"].values())
+    assert result.err.startswith("error: 3 steps in a row had a loss or a gradient that is not finite")
+    assert f"resume={result.run_dir}" in result.err
+    assert len(result.err.splitlines()) == 1
+    # What it logged of that iteration is there, and its checkpoint is sound: no step was taken since the first one.
+    assert [line["amp/skipped_steps"] for line in lines(result.run_dir)] == [0, 4]
+    first = checkpoint.read(checkpoint.found(sound)[-1])
+    assert first["step"] == 32
+    assert newest(result.run_dir)["step"] == 64
+    for name, value in newest(result.run_dir)["learner"]["policy"].items():
+        assert value.isfinite().all()
+        assert torch.equal(value, first["learner"]["policy"][name])
+    assert newest(result.run_dir)["learner"]["normalizer"]["moments"].isfinite().all()
     assert run_train(f"resume={result.run_dir}", tiny=False).code == 0
+    assert [line["amp/skipped_steps"] for line in lines(result.run_dir)] == [0, 4, 4]
+    assert math.isfinite(lines(result.run_dir)[2]["train/loss"])
+
+
+def test_one_step_that_is_not_finite_is_left_out(run_train, monkeypatch):
+    honest, calls = update.ppo_loss, []
+
+    def broken(*arguments):
+        loss, metrics = honest(*arguments)
+        calls.append(1)
+        return loss * (float("nan") if len(calls) == 6 else 1), metrics
+
+    monkeypatch.setattr(update, "ppo_loss", broken)
+    result = run_train()
+    assert result.code == 0, result.err
+    assert [line["amp/skipped_steps"] for line in lines(result.run_dir)] == [0, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_that_of_the_config_and_resumes_bit_for_bit(run_train):
+    eager, compiled = run_train(), run_train("runtime.compile=true")
+    for result in (eager, compiled):
+        assert result.code == 0, result.err
+        for line in lines(result.run_dir):
+            assert line["tamiyo.gnn.compile_enabled"] == (result is not eager)
+            assert line["tamiyo.gnn.compile_fallback_total"] == line["perf/recompiles"] == 0
+            assert line["tamiyo.gnn.compile_warm_ms"] > 0
+    whole, logged = newest(compiled.run_dir), untimed(compiled.run_dir)
+    # The first update: of the same actions, but for rounding.
+    assert logged[0] == pytest.approx(untimed(eager.run_dir)[0], rel=1e-3, abs=1e-5)
+    (compiled.run_dir / "checkpoints" / f"step_{96:012d}.ckpt").unlink()
+    resumed = run_train(f"resume={compiled.run_dir}", tiny=False)
+    assert resumed.code == 0, resumed.err
+    assert_same(newest(compiled.run_dir), whole)
+    assert untimed(compiled.run_dir) == logged
 
 
 def test_multirun(run_train, tmp_path):
@@ -372,7 +449,7 @@ def test_help(run_train):
     result = run_train("--help", tiny=False)
     assert result.code == 0
     for text in (
-        "env: charlm, digits, digits_conv, mnist5k, segment, signal",
+        "env: charlm, digits, digits_conv, gym, hetero, mnist5k, segment, signal",
         "policy: tamiyo, tamiyo_small",
         "total_steps:",
         "resume",

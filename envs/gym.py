@@ -1,0 +1,144 @@
+"""Gymnasium environments with flat observations, each a graph of one node.
+
+The growth environments' own Gymnasium faces are in `envs.gym_env`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from envs.adapter import AdaptedEnv
+from envs.adapter_config import GymConfig, failure
+from esper.graph import GraphBatch, Layout
+from esper.graph.batch import Packed, empty
+from esper.graph.interface import DISCRETE, Interface
+from esper.graph.schema import GraphSchema
+from esper.runtime.errors import ConfigError
+
+NODE = "observation"
+_BOUND = 10.0  # of normalised observations, in standard deviations
+
+
+class GymEnv(AdaptedEnv):
+    """N environments of one id; see AdaptedEnv for the other arguments.
+
+    Args:
+        config: which environment; `config.num_envs` is not used.
+        num_envs: N.
+
+    Raises:
+        ConfigError: there is no such environment, or its observations or actions are of a kind that does not fit.
+    """
+
+    def __init__(
+        self,
+        config: GymConfig,
+        num_envs: int,
+        split: str = "train",
+        autoreset: bool = True,
+        device: torch.device | str = "cpu",
+    ):
+        origin = f"env.id={config.id}"
+        try:
+            environments = [gymnasium.make(config.id, **config.kwargs) for _ in range(num_envs)]
+        except Exception as error:  # whatever a registered environment's own code raises
+            given = f" (env.kwargs={config.kwargs})" if config.kwargs else ""
+            raise ConfigError(
+                f"{origin}: gymnasium.make failed{given}: {failure(error)}; give the id of an installed environment"
+            ) from error
+        observed, acted = environments[0].observation_space, environments[0].action_space
+        if not isinstance(acted, spaces.Discrete):
+            raise ConfigError(f"{origin}: its actions are {acted}; only Discrete actions can be learned")
+        self._space, self._start = observed, int(acted.start)
+        width = _width(observed, origin)
+        # What a relation does to a node that is alone: each layer is then a perceptron layer with a residual.
+        relation = (NODE, "itself", NODE)
+        schema = GraphSchema({NODE: tuple(f"f{number}" for number in range(width))}, {relation: ("presence",)})
+        interface = Interface(schema, DISCRETE, int(acted.n))
+        super().__init__(environments, origin, interface, split, autoreset, device)
+        frame = empty(Layout.of(schema, {NODE: 1}), num_envs)
+        self._frame = Packed(frame.layout, frame.x, *(part.fill_(1) for part in frame.tensors()[1:]))
+        self._normalizer = Normalizer(width) if config.normalize else None
+        self._learns = split == "train"
+
+    def _taken(self, observation: Any) -> np.ndarray:
+        if isinstance(self._space, spaces.Box):
+            flat = np.asarray(observation, dtype=np.float32).reshape(-1)
+        else:
+            flat = np.asarray(spaces.flatten(self._space, observation), dtype=np.float32)
+        if self._normalizer and self._learns:
+            self._normalizer.learn(flat)
+        return flat
+
+    def _count(self, observation: np.ndarray) -> int:
+        return self.interface.count
+
+    def _graphs(self, observations: list[np.ndarray], masks: list[np.ndarray]) -> GraphBatch:
+        x = np.stack(observations)
+        if self._normalizer:
+            x = self._normalizer(x)
+        frame = self._frame
+        packed = Packed(frame.layout, torch.from_numpy(x)[:, None], frame.node_mask, frame.attr, frame.mask)
+        return GraphBatch.of(packed, torch.from_numpy(np.stack(masks)))
+
+    def _action(self, index: int) -> int:
+        return self._start + index
+
+    def learned(self) -> dict[str, Any]:
+        return self._normalizer.state_dict() if self._normalizer else {}
+
+    def load_learned(self, learned: dict[str, Any]) -> None:
+        if self._normalizer:
+            self._normalizer.load_state_dict(learned)
+
+
+class Normalizer:
+    """Running mean and standard deviation of observations (Welford, 1962).
+
+    Args:
+        width: numbers of an observation.
+    """
+
+    def __init__(self, width: int):
+        self._count, self._mean, self._squares = 0, np.zeros(width), np.zeros(width)
+
+    def learn(self, x: np.ndarray) -> None:
+        """Takes in one observation [width]."""
+        self._count += 1
+        delta = x - self._mean
+        self._mean += delta / self._count
+        self._squares += delta * (x - self._mean)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Observations [N, width] of zero mean and unit variance, clipped, float32; as they are before any is known."""
+        std = np.sqrt(self._squares / max(self._count, 1) + 1e-8) if self._count > 1 else 1.0
+        return np.clip((x - self._mean) / std, -_BOUND, _BOUND).astype(np.float32)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As tensors and numbers."""
+        moments = {"mean": self._mean, "squares": self._squares}
+        return {"count": self._count, **{name: torch.tensor(value) for name, value in moments.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self._count = state["count"]
+        self._mean, self._squares = state["mean"].numpy().copy(), state["squares"].numpy().copy()
+
+
+def _width(space: spaces.Space, origin: str) -> int:
+    """How many numbers an observation has once it is flat."""
+    try:
+        flat: spaces.Space = spaces.flatten_space(space)
+    except NotImplementedError:
+        flat = space
+    if not isinstance(flat, spaces.Box) or len(flat.shape) != 1 or not flat.shape[0]:
+        raise ConfigError(
+            f"{origin}: its observations are {space}, which has no flat form of fixed length; "
+            "wrap it, or emit HeteroData (env=hetero)"
+        )
+    return flat.shape[0]
