@@ -5,15 +5,11 @@ Every controller meets the same instances, so that comparisons are paired.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich import box
-from rich.table import Table
 from scipy import stats
 
 from envs.config import EnvConfig
@@ -147,7 +143,15 @@ def scalars(report: dict[str, Any]) -> dict[str, float]:
     return {f"eval/{name}": row["iqm"] for name, row in report["controllers"].items()}
 
 
-_HEADINGS = ("controller", "return (IQM)", "Tamiyo minus it", "P(better)", "accuracy", "size")
+POLICY = TAMIYO
+HEADINGS = ("controller", "return (IQM)", "Tamiyo minus it", "P(better)", "accuracy", "size")
+LEGEND = (
+    "",
+    "Returns are on validation data: 0 is the ungrown twin, 1 what starting with a wide host would bring, less",
+    "rent and compute. Brackets are 95 % bootstrap intervals of the interquartile mean over instances. P(better)",
+    "is the share of instances on which Tamiyo scores higher (ties count half); accuracy is what growing added on",
+    "the test split, in points; size is the grown host's parameters over the ungrown one's.",
+)
 
 
 def _figure(summary: dict[str, Any]) -> str:
@@ -177,29 +181,3 @@ def rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def title(report: dict[str, Any]) -> str:
     return f"{report['environment']}: {report['episodes']} held-out instances, the same for every controller"
-
-
-def table(report: dict[str, Any]) -> Table:
-    """The report for a terminal."""
-    shown = Table(*_HEADINGS, title=title(report), box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for line in rows(report):
-        shown.add_row(*line, style="bold" if line[0] == TAMIYO else None)
-    return shown
-
-
-def write(report: dict[str, Any], folder: Path) -> None:
-    """Writes `report.json` (every score) and `report.md` (the table) into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    lines = [f"# {title(report)}", "", f"Checkpoint: `{report['checkpoint']}`", ""]
-    lines += [f"| {' | '.join(_HEADINGS)} |", f"|{'---|' * len(_HEADINGS)}"]
-    lines += [f"| {' | '.join(line)} |" for line in rows(report)]
-    lines += [
-        "",
-        "Returns are on validation data: 0 is the ungrown twin, 1 what starting with a wide host would bring, less",
-        "rent and compute. Brackets are 95 % bootstrap intervals of the interquartile mean over instances. P(better)",
-        "is the share of instances on which Tamiyo scores higher (ties count half); accuracy is what growing added on",
-        "the test split, in points; size is the grown host's parameters over the ungrown one's.",
-        "",
-    ]
-    (folder / "report.md").write_text("\n".join(lines))

@@ -3,10 +3,12 @@ which have baselines and twins, `trainers.returns` for all others."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from envs.config import BaseEnvConfig, EnvConfig
@@ -36,12 +38,22 @@ def scalars(report: dict[str, Any]) -> dict[str, float]:
 
 def table(report: dict[str, Any]) -> Table:
     """The report for a terminal."""
-    return _judge(report).table(report)
+    judge = _judge(report)
+    shown = Table(*judge.HEADINGS, title=judge.title(report), box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for line in judge.rows(report):
+        shown.add_row(*line, style="bold" if line[0] == judge.POLICY else None)
+    return shown
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
-    """Writes `report.json` and `report.md` into `folder`."""
-    _judge(report).write(report, folder)
+    """Writes `report.json` (every score) and `report.md` (the table) into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    judge = _judge(report)
+    lines = [f"# {judge.title(report)}", "", f"Checkpoint: `{report['checkpoint']}`", ""]
+    lines += [f"| {' | '.join(judge.HEADINGS)} |", f"|{'---|' * len(judge.HEADINGS)}"]
+    lines += [f"| {' | '.join(line)} |" for line in judge.rows(report)]
+    (folder / "report.md").write_text("\n".join([*lines, *judge.LEGEND, ""]))
 
 
 def _judge(report: dict[str, Any]) -> ModuleType:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich import box
-from rich.table import Table
 
 from envs.adapter import AdaptedEnv
 from envs.config import BaseEnvConfig
@@ -23,7 +19,8 @@ from trainers.config import EvaluationConfig
 from trainers.progress import Reporter
 
 POLICY, RANDOM = "policy", "random"
-_HEADINGS = ("controller", "return (mean)", "std", "lowest", "highest", "length")
+HEADINGS = ("controller", "return (mean)", "std", "lowest", "highest", "length")
+LEGEND: tuple[str, ...] = ()
 
 Choose = Callable[[GraphBatch], torch.Tensor]
 
@@ -125,21 +122,3 @@ def rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def title(report: dict[str, Any]) -> str:
     return f"{report['environment']}: {report['episodes']} held-out episodes, from the same seeds for every controller"
-
-
-def table(report: dict[str, Any]) -> Table:
-    """The report for a terminal."""
-    shown = Table(*_HEADINGS, title=title(report), box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for line in rows(report):
-        shown.add_row(*line, style="bold" if line[0] == POLICY else None)
-    return shown
-
-
-def write(report: dict[str, Any], folder: Path) -> None:
-    """Writes `report.json` (every score) and `report.md` (the table) into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    lines = [f"# {title(report)}", "", f"Checkpoint: `{report['checkpoint']}`", ""]
-    lines += [f"| {' | '.join(_HEADINGS)} |", f"|{'---|' * len(_HEADINGS)}"]
-    lines += [f"| {' | '.join(line)} |" for line in rows(report)]
-    (folder / "report.md").write_text("\n".join([*lines, ""]))

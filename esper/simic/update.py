@@ -104,6 +104,7 @@ class UpdateStep:
         """Compiles what `batch`, of at least two transitions, needs; changes nothing."""
         compiled = self._form(batch)
         if compiled is None:
+            self.guard.why_not = self.guard.why_not or "the encoder's backend cannot be compiled"
             self.guard.warm = True
             return
 

@@ -69,6 +69,7 @@ class Actor:
         few = graph[[0, min(1, len(graph) - 1)]]
         compiled = self._form(few.layout)
         if compiled is None:
+            self.guard.why_not = self.guard.why_not or "the encoder's backend cannot be compiled"
             self.guard.warm_up(lambda: self._evaluated(few))
         else:
             # All batches share a program, but a captured CUDA graph is for one size.
@@ -97,7 +98,7 @@ class Actor:
         """Log-probabilities [N, A] of all actions, and values [N]."""
         graph = self._here(graph)
         compiled = self._form(graph.layout)
-        if compiled is None or len(graph) == 1:  # a batch of one would be a program of its own
+        if compiled is None:
             return self._evaluated(graph)
 
         def run() -> tuple[Tensor, Tensor]:
