@@ -68,6 +68,7 @@ class CheckpointConfig:
     """When checkpoints are saved, besides the end of the run."""
 
     every: int = 10  # iterations
+    every_seconds: float = 300.0  # also when that long has passed
     keep: int = 3  # newest files
 
 
@@ -143,7 +144,7 @@ class TrainConfig:
         self.policy.validate()
         self.ppo.validate()
         self.runtime.validate()
-        check_positive("checkpoint", {"every": self.checkpoint.every, "keep": self.checkpoint.keep})
+        check_positive("checkpoint", vars(self.checkpoint))
         self.evaluation.validate(self.env, "evaluation.")
         transitions = self.ppo.num_steps * self.env.num_envs
         if self.ppo.minibatches > transitions:

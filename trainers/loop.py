@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from envs.adapter import AdaptedEnv
 from envs.making import make_envs
@@ -26,6 +25,7 @@ from esper.tamiyo.actor import Actor
 from esper.tamiyo.policies import make_policy
 from trainers import judging
 from trainers.config import TrainConfig
+from trainers.preemption import Preemption, Stop
 from trainers.progress import Reporter
 
 _WINDOW = 100  # episodes over which rollout/ and growth/ are averaged, as in Stable-Baselines3
@@ -37,7 +37,6 @@ _EPISODE_SCALARS = {
     "growth/culled": "culled",
     "growth/params_ratio": "params_ratio",
 }
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Trainer:
@@ -71,7 +70,8 @@ class Trainer:
             self.graph = self.env.reset(seeds)
         else:
             self._restore(state)
-        self._signal: int | None = None
+        self._boundary: dict[str, Any] = {}
+        self._saved, self._saved_at = self.step if state else -1, time.monotonic()
 
     @property
     def steps_per_iteration(self) -> int:
@@ -79,41 +79,51 @@ class Trainer:
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def run(self, preemption: Preemption) -> None:
         """Trains until `ppo.total_steps`, saving checkpoints on the way and at the end.
 
         Raises:
             TrainingError: numbers are not finite, or files could not be written.
-            Preempted: a signal came; the checkpoint of the last iteration has been saved.
+            Preempted: a signal came; the state after the last iteration has been saved.
         """
         total = self.config.ppo.total_steps
         resumed_at = self.step if self.iteration else None
         with self._files_guarded("open the logs"):
             telemetry = Telemetry(self.run_dir, resumed_at)
-        self.actor.warm_up(self.graph)
+        self._boundary = self._snapshot()
         try:
-            with self._signals(), Reporter("training", total, "steps", self.step) as reporter:
+            self.actor.warm_up(self.graph)
+            with Reporter("training", total, "steps", self.step) as reporter:
                 while self.step < total:
                     scalars = self._iterate()
-                    with self._files_guarded("write the logs"):
-                        telemetry.log(self.step, scalars)
-                        latencies = "tamiyo.gnn.inference.latency_ms.histogram"
-                        telemetry.histogram(self.step, latencies, self.actor.latencies_ms)
-                    reporter.update(self.step, f"return {scalars.get('rollout/ep_rew_mean', float('nan')):+.3f}")
-                    last, failed = self.step >= total, self.learner.failed
-                    if last or failed or self._signal or self.iteration % self.config.checkpoint.every == 0:
-                        self.save()  # also of a run that failed: what went wrong has left no mark on the parameters
-                    if failed:
-                        raise TrainingError(f"{failed}: python -m trainers.train resume={self.run_dir}")
-                    if self._signal and not last:
-                        name = signal.Signals(self._signal).name
-                        raise Preempted(
-                            f"stopped by {name} after {self.step:,} steps; checkpoint saved. "
-                            f"Go on with: python -m trainers.train resume={self.run_dir}"
-                        )
+                    with preemption.held():  # files are not to be cut short
+                        with self._files_guarded("write the logs"):
+                            telemetry.log(self.step, scalars)
+                            latencies = "tamiyo.gnn.inference.latency_ms.histogram"
+                            telemetry.histogram(self.step, latencies, self.actor.latencies_ms)
+                        self._boundary = self._snapshot()
+                        reporter.update(self.step, f"return {scalars.get('rollout/ep_rew_mean', float('nan')):+.3f}")
+                        failed = self.learner.failed
+                        if failed or self._due():
+                            self.save()  # also of a run that failed: what went wrong has left no mark on the parameters
+                        if failed:
+                            raise TrainingError(f"{failed}: python -m trainers.train resume={self.run_dir}")
+        except Stop as stop:
+            if self._saved != self._boundary["step"]:
+                self.save()
+            raise Preempted(
+                f"stopped by {stop.name} after {self._boundary['step']:,} steps; checkpoint saved. "
+                f"Go on with: python -m trainers.train resume={self.run_dir}"
+            ) from stop
         finally:
             with self._files_guarded("close the logs"):
                 telemetry.close()
+
+    def _due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        every = self.config.checkpoint
+        waited = time.monotonic() - self._saved_at >= every.every_seconds
+        return self.step >= self.config.ppo.total_steps or self.iteration % every.every == 0 or waited
 
     def _iterate(self) -> dict[str, float]:
         """One collect and one update; returns everything that is logged of them."""
@@ -187,24 +197,7 @@ class Trainer:
             telemetry.close()
         return report
 
-    # ---- signals and files ----------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Notes the first signal, so that the loop ends at its next boundary; a second one acts at once."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self._signal = number
-            for each in _SIGNALS:
-                signal.signal(each, previous[each])
-            print(f"\n{signal.Signals(number).name}: saving a checkpoint at the end of this iteration ...", flush=True)
-
-        previous = {each: signal.signal(each, note) for each in _SIGNALS}
-        try:
-            yield
-        finally:
-            for each, handler in previous.items():
-                signal.signal(each, handler)
+    # ---- files ----------------------------------------------------------------------------------------
 
     @contextmanager
     def _files_guarded(self, what: str) -> Iterator[None]:
@@ -222,13 +215,19 @@ class Trainer:
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes the checkpoint of this iteration boundary.
+        """Writes the checkpoint of the last iteration boundary.
 
         Raises:
             TrainingError: it could not be written; earlier ones are untouched.
         """
+        step = self._boundary["step"]
         with self._files_guarded("save a checkpoint"):
-            checkpoint.save(self.run_dir, self.step, self._state(), self.config.checkpoint.keep)
+            checkpoint.save(self.run_dir, step, self._boundary, self.config.checkpoint.keep)
+        self._saved, self._saved_at = step, time.monotonic()
+
+    def _snapshot(self) -> dict[str, Any]:
+        """A copy of the state, so that a signal in the middle of an iteration finds the boundary before it."""
+        return tree_map_only(torch.Tensor, torch.clone, self._state())
 
     def _state(self) -> dict[str, Any]:
         return {

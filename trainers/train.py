@@ -13,11 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from envs.making import saved_env_config
 from esper.graph.segment import acceleration_status
-from esper.runtime import checkpoint
-from esper.runtime.errors import ConfigError
+from esper.runtime import checkpoint, lock
+from esper.runtime.errors import ConfigError, Preempted
 from trainers import cli, config, judging
 from trainers.config import TrainConfig
 from trainers.loop import Trainer
+from trainers.preemption import Preemption, Stop
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,17 @@ def resumed_config(given: DictConfig, overrides: list[str], saved: dict[str, Any
 @cli.job(TrainConfig)
 def _main(given: DictConfig) -> None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    with Preemption() as preemption, lock.owned(run_dir):
+        try:
+            _run(given, run_dir, preemption)
+        except Stop as stop:
+            kept = bool(checkpoint.found(run_dir))
+            go_on = f"Go on with: python -m trainers.train resume={run_dir}" if kept else "Nothing was to be saved yet."
+            raise Preempted(f"stopped by {stop.name} outside of training. {go_on}") from stop
+
+
+def _run(given: DictConfig, run_dir: Path, preemption: Preemption) -> None:
+    """Training, and the evaluation after it."""
     console = cli.console()
     state = None
     if given.resume:
@@ -77,12 +89,14 @@ def _main(given: DictConfig) -> None:
     log.info("segment reductions: %s (%s)", way, status["why"])
     trainer = Trainer(settings, run_dir, state)
     console.print(f"run directory: {run_dir}", soft_wrap=True, highlight=False)
+    evaluated = not settings.evaluation.episodes or (run_dir / "eval" / "report.json").exists()
     if state is not None:
         console.print(f"resuming at step {trainer.step:,} of {settings.ppo.total_steps:,}")
-        if trainer.step >= settings.ppo.total_steps:
-            console.print("nothing left to do; to train longer, add ppo.total_steps=N with a larger N")
-            return
-    trainer.run()
+    if trainer.step < settings.ppo.total_steps:
+        trainer.run(preemption)
+    elif evaluated:
+        console.print("nothing left to do; to train longer, add ppo.total_steps=N with a larger N")
+        return
     if settings.evaluation.episodes:
         console.print(judging.table(trainer.evaluate()))
     for line in (

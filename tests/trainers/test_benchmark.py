@@ -207,7 +207,10 @@ def test_a_dishonest_comparison_is_refused(run, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["suite=mars"], "suite=mars: no such suite; choose one of actor, encoder, end_to_end, env, graph, pooling, update"),
+        (
+            ["suite=mars"],
+            "suite=mars: no such suite; choose one of actor, encoder, end_to_end, env, graph, pooling, update",
+        ),
         (["benchmark.tasks=[mars]"], "benchmark.tasks=mars: env=mars: no such option; choose one of"),
         (["benchmark.tasks=[]"], "benchmark.tasks=[]: name at least one"),
         (["benchmark.repeats=0"], "benchmark.repeats=0: must be above 0"),

@@ -1,0 +1,56 @@
+"""Signals that ask for an early end: what is under way is given up at once, except what must not be cut short."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stop(BaseException):
+    """A signal has come. Not an Exception, so that nothing that mends errors takes it for one."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.name = signal.Signals(number).name
+
+
+class Preemption:
+    """While it is entered, the first of SIGNALS raises Stop wherever the main thread is; a second one acts as if there
+    were no handler."""
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._held = 0
+
+    def __enter__(self) -> Preemption:
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it a signal waits: for writing files."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if self._number is not None and not self._held:
+            raise Stop(self._number)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._number is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._number = number
+        print(f"\n{signal.Signals(number).name}: saving a checkpoint (once more: stop at once) ...", flush=True)
+        if not self._held:
+            raise Stop(number)
