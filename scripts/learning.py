@@ -9,8 +9,8 @@ overrides is not run again, so that a stopped study goes on where it was. About 
 the others, on one core.
 
 The bars: the mean return of every seed is at least 495 (CartPole-v1, 100,000 steps) or -85 (Acrobot-v1, 500,000 steps).
-MountainCar-v0 has no bar: its reward says nothing until the goal is reached, which random actions hardly ever do, and
-PPO without a bonus for exploring is known to stay at -200 with common settings.
+MountainCar-v0 is a negative control without a bar: its reward says nothing until the goal is reached, which random
+actions hardly ever do, and PPO without a bonus for exploring is known to stay at -200 with common settings.
 """
 
 from __future__ import annotations

@@ -202,6 +202,8 @@ class PopulationState:
 
     def moved(self, value: Tensor) -> Tensor:
         """`value` on the device, without waiting for it."""
+        if self.device.type == "cuda" and value.device.type == "cpu":
+            value = value.pin_memory()  # from pageable memory the copy would wait
         return value.to(self.device, non_blocking=True)
 
     # ---- saving and forking ---------------------------------------------------------------------------------------
