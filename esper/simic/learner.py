@@ -134,11 +134,11 @@ class Simic:
 
     def _count(self, rows: Tensor) -> None:
         """Counts skipped steps; rows [steps, METRICS, norm, skipped]."""
-        finite = rows[:, 0].isfinite()
+        finite, scale = rows[:, 0].isfinite(), self.scaler.scale
         for loss_finite, skipped in zip(finite.tolist(), rows[:, -1].tolist(), strict=True):
             self.skipped_total += int(skipped)
             # While the scale of fp16 is still being found its gradients overflow, which says nothing of the run.
-            searching = loss_finite and self.scaler.scale > 1
+            searching = loss_finite and scale > 1
             self._in_a_row = self._in_a_row + 1 if skipped and not searching else 0
             if self._in_a_row >= SKIPPED_IN_A_ROW:
                 self.failed = (

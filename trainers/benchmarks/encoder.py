@@ -17,9 +17,8 @@ from esper.tamiyo.encoder import Encoder
 from esper.tamiyo.encoders import dense, pyg
 from esper.tamiyo.policy import Tamiyo
 from trainers.benchmarks import Report, suite
-from trainers.benchmarks.rows import FLOOR, REFERENCE, Row, compare, content, table
+from trainers.benchmarks.rows import FLOOR, REFERENCE, Row, compare, content, table, turns
 from trainers.config import BenchmarkConfig, load_policy
-from trainers.progress import Reporter
 
 _STEPS = 8  # of the environment between two batches
 
@@ -95,14 +94,7 @@ def run(config: BenchmarkConfig) -> Report:
     settings, device = config.benchmark, torch.device(config.runtime.device)
     rows: list[Row] = []
     cases = [(p, n, b) for p in settings.policies for n in settings.graphs for b in (False, True)]
-    with Reporter("benchmark", len(cases) * (settings.warmup + settings.repeats), "turns") as reporter:
-        done = 0
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            reporter.update(done, case)
-
+    with turns(len(cases), settings) as tick:
         for policy, count, backward in cases:
             case = f"{policy}, {count} graphs, {'forward + backward' if backward else 'forward'}"
             encoder = Tamiyo(load_policy(policy)).to(device).encoder

@@ -16,9 +16,8 @@ from esper.tamiyo import encoders
 from esper.tamiyo.encoder import Encoder
 from esper.tamiyo.policy import Tamiyo
 from trainers.benchmarks import Report, naive, suite
-from trainers.benchmarks.rows import REFERENCE, Row, compare, content, table
+from trainers.benchmarks.rows import REFERENCE, Row, compare, content, table, turns
 from trainers.config import BenchmarkConfig, load_policy
-from trainers.progress import Reporter
 
 _DEGREE = 5  # edges for each node of a large graph
 
@@ -49,14 +48,8 @@ def run(config: BenchmarkConfig) -> Report:
     """Building, then the segment backend on large graphs."""
     settings, device = config.benchmark, torch.device(config.runtime.device)
     rows: list[Row] = []
-    with Reporter("benchmark", (1 + len(settings.large)) * (settings.warmup + settings.repeats), "turns") as reporter:
-        done, case = 0, f"building the observation of {settings.hosts} hosts"
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            reporter.update(done, case)
-
+    with turns(1 + len(settings.large), settings) as tick:
+        case = f"building the observation of {settings.hosts} hosts"
         env_config = load_config(settings.tasks[0])
         env = GrowthEnv(env_config, settings.hosts, device=device)
         env.reset(torch.arange(settings.hosts) + config.seed)

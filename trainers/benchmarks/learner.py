@@ -21,9 +21,8 @@ from esper.tamiyo.encoders.pyg import PyGEncoder, parameters
 from esper.tamiyo.policy import Prediction, Tamiyo
 from trainers.benchmarks import Report, suite
 from trainers.benchmarks.encoder import observations
-from trainers.benchmarks.rows import REFERENCE, Row, compare, content, table
+from trainers.benchmarks.rows import REFERENCE, Row, compare, content, table, turns
 from trainers.config import BenchmarkConfig, load_policy
-from trainers.progress import Reporter
 
 
 class PlainPolicy(nn.Module):
@@ -63,14 +62,7 @@ def actor(config: BenchmarkConfig) -> Report:
     settings, device = config.benchmark, torch.device(config.runtime.device)
     rows: list[Row] = []
     warm: dict[str, float] = {}
-    with Reporter("benchmark", len(settings.policies) * (settings.warmup + settings.repeats), "turns") as reporter:
-        done = 0
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            reporter.update(done, case)
-
+    with turns(len(settings.policies), settings) as tick:
         for name in settings.policies:
             case = f"{name}, decision for {settings.hosts} hosts"
             policy = Tamiyo(load_policy(name)).to(device)
@@ -157,13 +149,7 @@ def update(config: BenchmarkConfig) -> Report:
     settings, device, ppo = config.benchmark, torch.device(config.runtime.device), PPOConfig()
     size = ppo.num_steps * settings.hosts // ppo.minibatches
     rows: list[Row] = []
-    with Reporter("benchmark", len(settings.policies) * (settings.warmup + settings.repeats), "turns") as reporter:
-        done = 0
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            reporter.update(done, case)
+    with turns(len(settings.policies), settings) as tick:
 
         def made(name: str) -> tuple[Tamiyo, LossScaler]:
             policy = Tamiyo(load_policy(name)).to(device)

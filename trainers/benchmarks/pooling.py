@@ -13,9 +13,8 @@ from torch import Tensor
 from esper.graph import segment
 from esper.runtime.errors import EsperError
 from trainers.benchmarks import Report, suite
-from trainers.benchmarks.rows import Row, compare, content
+from trainers.benchmarks.rows import Row, compare, content, turns
 from trainers.config import BenchmarkConfig
-from trainers.progress import Reporter
 
 NATIVE, ACCELERATED, SCATTER, CSR = "native", "accelerated", "torch_scatter", "torch_scatter, csr"
 REDUCTIONS = {
@@ -115,14 +114,7 @@ def run(config: BenchmarkConfig) -> Report:
     status = segment.acceleration_status()
     rows: list[Row] = []
     cases = [(count, ordered, name) for count in settings.rows for ordered in (True, False) for name in REDUCTIONS]
-    with Reporter("benchmark", 2 * len(cases) * (settings.warmup + settings.repeats), "turns") as reporter:
-        done = 0
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            reporter.update(done, case)
-
+    with turns(2 * len(cases), settings) as tick:
         for count, ordered, name in cases:
             generator = torch.Generator().manual_seed(config.seed)
             segments, calls = max(count // _MEMBERS, 1), max(_ROWS_A_TURN // count, 1)

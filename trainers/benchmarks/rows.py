@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from rich.table import Table
 
 from trainers.benchmarks.timing import timed
 from trainers.config import BenchmarkSettings
+from trainers.progress import Reporter
 
 REFERENCE, FLOOR = "pyg", "floor"
 
@@ -33,13 +36,21 @@ class Row:
     compile_s: float | None = None
 
 
+@contextmanager
+def turns(cases: int, settings: BenchmarkSettings) -> Iterator[Callable[[str], None]]:
+    """Shows the progress of as many calls of `compare`; gives its `tick`."""
+    done = count(1)
+    with Reporter("benchmark", cases * (settings.warmup + settings.repeats), "turns") as reporter:
+        yield lambda case: reporter.update(next(done), case)
+
+
 def compare(
     suite: str,
     case: str,
     variants: dict[str, Callable[[], object]],
     settings: BenchmarkSettings,
     device: torch.device,
-    tick: Callable[[], None],
+    tick: Callable[[str], None],
     compile_s: dict[str, float] | None = None,
     reference: str = REFERENCE,
 ) -> list[Row]:
@@ -47,7 +58,7 @@ def compare(
 
     Args:
         variants: name -> what is timed; `reference` and FLOOR are what the others are compared with.
-        tick: called after each turn.
+        tick: called with the case after each turn; see `turns`.
         compile_s: seconds that a variant took to compile.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -60,7 +71,7 @@ def compare(
             seconds = timed(function, device, settings.clock)
             if number >= settings.warmup:
                 times[name].append(1000 * seconds)
-        tick()
+        tick(case)
     medians = {name: float(np.median(values)) for name, values in times.items()}
 
     def over(name: str, other: str) -> float | None:
