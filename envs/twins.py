@@ -35,7 +35,7 @@ class Twins:
         spec: PopulationSpec,
         epochs: int,
         device: torch.device | str,
-        capacity: int = 100_000,
+        capacity: int = 20_000,
     ):
         self._kind = kind
         self._spec = PopulationSpec(**{**vars(spec), "measured": False})
@@ -44,7 +44,7 @@ class Twins:
 
     def __call__(self, context: Context) -> Tensor:
         """float32 [m, epochs + 3] on the CPU: validation losses at the start and after each epoch, then the accuracies
-        at the end on the validation and the test split.
+        at the end on the validation and the test split. From the epoch on in which a twin diverges, its losses are inf.
 
         Contexts with the same key must be equal, as those drawn for one environment are.
         """
@@ -62,10 +62,12 @@ class Twins:
     def _train(self, context: Context) -> Tensor:
         population, everyone = self._kind(self._spec, len(context), self._device), torch.arange(len(context))
         population.reset(everyone, context)
-        losses = [population.validation_loss.cpu().clone()]
+        start = population.validation_loss.cpu().nan_to_num(nan=torch.inf, posinf=torch.inf)
+        losses, lost = [start], torch.zeros(len(context), dtype=torch.bool)
         for _ in range(self._epochs):
             population.train_epoch()
-            losses.append(population.validation_loss.cpu().clone())
+            lost |= population.diverged()
+            losses.append(population.validation_loss.cpu().masked_fill(lost, torch.inf))
         accuracies = [population.accuracy(everyone, split).cpu() for split in ("validation", "test")]
         return torch.stack(losses + accuracies, dim=1)
 

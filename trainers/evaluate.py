@@ -42,7 +42,7 @@ def _main(given: DictConfig) -> None:
             "evaluate it on an environment of the same kind and sizes"
         )
     torch.set_num_threads(settings.runtime.threads)
-    policy = policy_of(state, settings.runtime.device)
+    policy = policy_of(state, settings.runtime.device, f"checkpoint={settings.checkpoint}")
     learned = {} if growth else state["env"]["learned"]
     report = judging.evaluate(policy, env, settings, settings.runtime.device, str(path), learned)
     run_dir = path.parent.parent if path.parent.name == checkpoint.FOLDER else path.parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -17,11 +18,12 @@ from envs.adapter import AdaptedEnv
 from envs.making import make_envs
 from esper.graph.interface import GROWTH
 from esper.runtime import checkpoint, precision, seeding
-from esper.runtime.errors import ConfigError, Preempted, TrainingError
+from esper.runtime.errors import ConfigError, EsperError, Preempted, TrainingError
 from esper.runtime.telemetry import Telemetry
 from esper.simic.learner import Simic
 from esper.simic.rollout import Rollout
 from esper.tamiyo.actor import Actor
+from esper.tamiyo.loading import check_parameters
 from esper.tamiyo.policies import make_policy
 from trainers import judging
 from trainers.config import TrainConfig
@@ -37,6 +39,10 @@ _EPISODE_SCALARS = {
     "growth/culled": "culled",
     "growth/params_ratio": "params_ratio",
 }
+
+
+class _FilesError(TrainingError):
+    """Files could not be written, so nothing can be saved either."""
 
 
 class Trainer:
@@ -72,6 +78,8 @@ class Trainer:
             self._restore(state)
         self._boundary: dict[str, Any] = {}
         self._saved, self._saved_at = self.step if state else -1, time.monotonic()
+        self._saving_s = 0.0  # what the last snapshot and its file took
+        self._best = self._best_score()
 
     @property
     def steps_per_iteration(self) -> int:
@@ -80,44 +88,61 @@ class Trainer:
     # ---- the loop -------------------------------------------------------------------------------------------------
 
     def run(self, preemption: Preemption) -> None:
-        """Trains until `ppo.total_steps`, saving checkpoints on the way and at the end.
+        """Trains until `ppo.total_steps`, saving checkpoints on the way and at the end; however it ends before, the
+        state after the last iteration is saved, if files can be written.
 
         Raises:
-            TrainingError: numbers are not finite, or files could not be written.
-            Preempted: a signal came; the state after the last iteration has been saved.
+            TrainingError: numbers are not finite, an environment failed, or files could not be written.
+            Preempted: a signal came.
         """
-        total = self.config.ppo.total_steps
         resumed_at = self.step if self.iteration else None
         with self._files_guarded("open the logs"):
             telemetry = Telemetry(self.run_dir, resumed_at)
-        self._boundary = self._snapshot()
+        self._boundary = self.snapshot()
         try:
-            self.actor.warm_up(self.graph)
-            with Reporter("training", total, "steps", self.step) as reporter:
-                while self.step < total:
-                    scalars = self._iterate()
-                    with preemption.held():  # files are not to be cut short
-                        with self._files_guarded("write the logs"):
-                            telemetry.log(self.step, scalars)
-                            latencies = "tamiyo.gnn.inference.latency_ms.histogram"
-                            telemetry.histogram(self.step, latencies, self.actor.latencies_ms)
-                        self._boundary = self._snapshot()
-                        reporter.update(self.step, f"return {scalars.get('rollout/ep_rew_mean', float('nan')):+.3f}")
-                        failed = self.learner.failed
-                        if failed or self._due():
-                            self.save()  # also of a run that failed: what went wrong has left no mark on the parameters
-                        if failed:
-                            raise TrainingError(f"{failed}: python -m trainers.train resume={self.run_dir}")
+            self._train(telemetry, preemption)
         except Stop as stop:
-            if self._saved != self._boundary["step"]:
-                self.save()
-            raise Preempted(
-                f"stopped by {stop.name} after {self._boundary['step']:,} steps; checkpoint saved. "
-                f"Go on with: python -m trainers.train resume={self.run_dir}"
-            ) from stop
+            raise Preempted(f"stopped by {stop.name}; {self._kept()}") from stop
+        except _FilesError:
+            raise
+        except EsperError as error:
+            with preemption.held():
+                kept = self._kept()
+            raise TrainingError(f"{error}; {kept}") from error
+        except Exception:
+            with preemption.held():
+                self._kept()
+            raise
         finally:
             with self._files_guarded("close the logs"):
                 telemetry.close()
+
+    def _train(self, telemetry: Telemetry, preemption: Preemption) -> None:
+        total = self.config.ppo.total_steps
+        self.actor.warm_up(self.graph)
+        with Reporter("training", total, "steps", self.step) as reporter:
+            while self.step < total:
+                scalars = self.iterate()
+                with preemption.held():  # files are not to be cut short
+                    with self._files_guarded("write the logs"):
+                        telemetry.log(self.step, scalars)
+                        latencies = "tamiyo.gnn.inference.latency_ms.histogram"
+                        telemetry.histogram(self.step, latencies, self.actor.latencies_ms)
+                    start = time.perf_counter()
+                    self._boundary = self.snapshot()
+                    if self._due():
+                        self.save()
+                    self._saving_s = time.perf_counter() - start
+                    reporter.update(self.step, f"return {scalars.get('rollout/ep_rew_mean', float('nan')):+.3f}")
+                if self.learner.failed:  # which has left no mark on the parameters
+                    raise TrainingError(self.learner.failed)
+
+    def _kept(self) -> str:
+        """Saves the state after the last iteration if that has not been done; says so, and how to go on."""
+        step = self._boundary["step"]
+        if self._saved != step:
+            self.save()
+        return f"the state after {step:,} steps is saved, go on with: python -m trainers.train resume={self.run_dir}"
 
     def _due(self) -> bool:
         """Whether it is time for a checkpoint."""
@@ -125,7 +150,7 @@ class Trainer:
         waited = time.monotonic() - self._saved_at >= every.every_seconds
         return self.step >= self.config.ppo.total_steps or self.iteration % every.every == 0 or waited
 
-    def _iterate(self) -> dict[str, float]:
+    def iterate(self) -> dict[str, float]:
         """One collect and one update; returns everything that is logged of them."""
         ppo = self.config.ppo
         start = time.perf_counter()
@@ -149,6 +174,7 @@ class Trainer:
             "time/fps": self.steps_per_iteration / (updated - start),
             "perf/collect_s": collected - start,
             "perf/update_s": updated - collected,
+            "perf/checkpoint_s": self._saving_s,
             "perf/graph_build_ms": 1e3 * _mean(self.env.graph_build_s),
             "perf/graphs_per_s": ppo.epochs * self.steps_per_iteration / (updated - collected),
             "perf/recompiles": float(self.actor.guard.recompiles + self.learner.guard.recompiles),
@@ -207,7 +233,7 @@ class Trainer:
             kept = checkpoint.found(self.run_dir)
             go_on = f"go on with: python -m trainers.train resume={self.run_dir}" if kept else "start again"
             where = error.filename or self.run_dir
-            raise TrainingError(
+            raise _FilesError(
                 f"could not {what} at step {self.step:,}: {where}: {error.strerror or error}; "
                 f"{len(kept)} earlier checkpoint(s) are untouched; make room or choose another output_dir, then {go_on}"
             ) from error
@@ -222,10 +248,21 @@ class Trainer:
         """
         step = self._boundary["step"]
         with self._files_guarded("save a checkpoint"):
-            checkpoint.save(self.run_dir, step, self._boundary, self.config.checkpoint.keep)
+            path = checkpoint.save(self.run_dir, step, self._boundary, self.config.checkpoint.keep)
+            if (score := _score(self._boundary)) > self._best:
+                checkpoint.keep_as_best(path)
+                self._best = score
         self._saved, self._saved_at = step, time.monotonic()
 
-    def _snapshot(self) -> dict[str, Any]:
+    def _best_score(self) -> float:
+        """Of the best checkpoint of the run so far."""
+        path = self.run_dir / checkpoint.FOLDER / checkpoint.BEST
+        try:
+            return _score(checkpoint.read(path))
+        except (checkpoint.CheckpointError, OSError):
+            return -math.inf  # there is none, or it is damaged: the next one takes its place
+
+    def snapshot(self) -> dict[str, Any]:
         """A copy of the state, so that a signal in the middle of an iteration finds the boundary before it."""
         return tree_map_only(torch.Tensor, torch.clone, self._state())
 
@@ -251,12 +288,18 @@ class Trainer:
                 f"resume={self.run_dir}: its graph schema is {state['schema_hash']}, this version's is {schema}; "
                 "resume it with the version that wrote it"
             )
+        check_parameters(self.policy, state, f"resume={self.run_dir}")
         self.step, self.iteration = state["step"], state["iteration"]
         self.window.extend(state["window"])
         self.learner.load_state_dict(state["learner"])
         self.actor.generator.set_state(state["actor_generator"])
         self.graph = self.env.load_state_dict(state["env"])
         checkpoint.set_rng_state(state["rng"])
+
+
+def _score(state: dict[str, Any]) -> float:
+    """By which the best checkpoint is told: the mean return of its latest episodes."""
+    return _mean([episode["return"] for episode in state["window"]]) if state["window"] else -math.inf
 
 
 def _mean(values: Collection[float]) -> float:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from esper.runtime.errors import Preempted
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -17,6 +19,23 @@ class Stop(BaseException):
     def __init__(self, number: int):
         super().__init__(number)
         self.name = signal.Signals(number).name
+
+
+@contextmanager
+def early() -> Iterator[None]:
+    """Within it, and outside of any Preemption, a signal ends the process at once, as there is nothing to be saved."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        line = f"error: stopped by {signal.Signals(number).name} before there was anything to save; start it again\n"
+        os.write(2, line.encode())
+        os._exit(Preempted.exit_code)
+
+    previous = {number: signal.signal(number, leave) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Preemption:

@@ -1,117 +1,19 @@
-"""`python -m trainers.train`: trains Tamiyo, or goes on with a run, then compares it with the baselines."""
+"""`python -m trainers.train`: the entry point; what it does is in `trainers.training`."""
 
 from __future__ import annotations
 
-import logging
 import sys
-from pathlib import Path
-from typing import Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-
-from envs.making import saved_env_config
-from esper.graph.segment import acceleration_status
-from esper.runtime import checkpoint, lock
-from esper.runtime.errors import ConfigError, Preempted
-from trainers import cli, config, judging
-from trainers.config import TrainConfig
-from trainers.loop import Trainer
-from trainers.preemption import Preemption, Stop
-
-log = logging.getLogger(__name__)
-
-# What a resumed run may not change: its parameters, its instances or its state would no longer fit.
-_FIXED = ("env", "policy", "seed")
-
-
-def resumed_config(given: DictConfig, overrides: list[str], saved: dict[str, Any], run: str) -> TrainConfig:
-    """The saved configuration with this call's overrides.
-
-    Args:
-        given: the configuration composed from this call's command line.
-        overrides: the command line, `KEY=VALUE` each.
-        saved: the configuration in the checkpoint, as plain containers.
-        run: the run directory, for messages.
-
-    Raises:
-        ConfigError: an override would change what is fixed.
-    """
-    env = OmegaConf.structured(saved_env_config(saved["env"]))
-    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), {"env": env}, saved)
-    for override in overrides:
-        key = override.partition("=")[0].lstrip("+~").partition("@")[0].replace("/", ".")
-        if key in ("resume", "output_dir"):
-            continue
-        if key == "experiment":
-            raise ConfigError(f"{override}: an experiment sets many keys; override single keys when resuming {run}")
-        value = OmegaConf.select(given, key)
-        if key.split(".")[0] in _FIXED and value != OmegaConf.select(merged, key):
-            raise ConfigError(
-                f"{override}: cannot be changed when resuming {run} (it was {OmegaConf.select(merged, key)}); "
-                "leave it out, or start a new run"
-            )
-        OmegaConf.update(merged, key, value)
-    assert isinstance(merged, DictConfig)
-    return config.to_train_config(merged)
-
-
-@hydra.main(version_base="1.3", config_path="pkg://esper.conf", config_name="train")
-@cli.job(TrainConfig)
-def _main(given: DictConfig) -> None:
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
-    with Preemption() as preemption, lock.owned(run_dir):
-        try:
-            _run(given, run_dir, preemption)
-        except Stop as stop:
-            kept = bool(checkpoint.found(run_dir))
-            go_on = f"Go on with: python -m trainers.train resume={run_dir}" if kept else "Nothing was to be saved yet."
-            raise Preempted(f"stopped by {stop.name} outside of training. {go_on}") from stop
-
-
-def _run(given: DictConfig, run_dir: Path, preemption: Preemption) -> None:
-    """Training, and the evaluation after it."""
-    console = cli.console()
-    state = None
-    if given.resume:
-        try:
-            path, state, problems = checkpoint.latest(run_dir)
-        except checkpoint.CheckpointError as error:
-            raise ConfigError(f"resume={given.resume}: {error}") from error
-        for problem in problems:
-            console.print(f"warning: {problem}; going on from {path.name}")
-        settings = resumed_config(given, list(HydraConfig.get().overrides.task), state["config"], str(run_dir))
-    else:
-        settings = config.to_train_config(given)
-    status = acceleration_status()
-    way = "accelerated in eager code" if status["acceleration_enabled"] else "native"
-    log.info("segment reductions: %s (%s)", way, status["why"])
-    trainer = Trainer(settings, run_dir, state)
-    console.print(f"run directory: {run_dir}", soft_wrap=True, highlight=False)
-    evaluated = not settings.evaluation.episodes or (run_dir / "eval" / "report.json").exists()
-    if state is not None:
-        console.print(f"resuming at step {trainer.step:,} of {settings.ppo.total_steps:,}")
-    if trainer.step < settings.ppo.total_steps:
-        trainer.run(preemption)
-    elif evaluated:
-        console.print("nothing left to do; to train longer, add ppo.total_steps=N with a larger N")
-        return
-    if settings.evaluation.episodes:
-        console.print(judging.table(trainer.evaluate()))
-    for line in (
-        f"run directory:    {run_dir}",
-        f"train longer:     python -m trainers.train resume={run_dir} ppo.total_steps={2 * settings.ppo.total_steps}",
-        f"evaluate again:   python -m trainers.evaluate checkpoint={run_dir} baselines=all episodes=256",
-        f"see the curves:   tensorboard --logdir {run_dir / 'tb'}",
-    ):
-        console.print(line, soft_wrap=True, highlight=False)
+from trainers.preemption import early
 
 
 def main() -> None:
     """Console entry point."""
-    config.register()
-    sys.exit(cli.run(_main, TrainConfig))
+    with early():
+        # Here, since these imports take seconds in which a signal may come.
+        from trainers import training
+
+        sys.exit(training.run())
 
 
 if __name__ == "__main__":

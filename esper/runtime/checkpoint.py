@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FOLDER = "checkpoints"
+BEST = "best.ckpt"
 
 _MAGIC = b"esper checkpoint 1\n"
 _NAME = re.compile(r"step_(\d+)\.ckpt$")
@@ -36,10 +37,14 @@ def write(path: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getvalue()
+    _replace(path, _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+
+
+def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(_MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -70,8 +75,12 @@ def read(path: Path) -> dict[str, Any]:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} holds more than tensors and plain values; it was not loaded") from error
-    if state["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {state['format_version']}, this is Esper's {FORMAT_VERSION}")
+    version = state.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this version of Esper reads {FORMAT_VERSION}; "
+            "use the version that wrote it, or train anew"
+        )
     return state
 
 
@@ -90,13 +99,22 @@ def save(run_dir: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     return path
 
 
+def keep_as_best(path: Path) -> None:
+    """Makes a copy of a checkpoint the best one of its run.
+
+    Raises:
+        OSError: as `write`; the best one until now is untouched then.
+    """
+    _replace(path.with_name(BEST), path.read_bytes())
+
+
 def found(run_dir: Path) -> list[Path]:
-    """The checkpoint files of a run directory, newest first; they need not be valid."""
+    """The checkpoint files of a run directory, newest first, but for the best one; they need not be valid."""
     return sorted((p for p in (run_dir / FOLDER).glob("*.ckpt") if _NAME.match(p.name)), reverse=True)
 
 
 def latest(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """The newest checkpoint that is whole.
+    """The newest checkpoint that is whole; the best one if no other is.
 
     Returns:
         its path, its state, and a line for every newer file that had to be passed over.
@@ -105,7 +123,8 @@ def latest(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]]:
         CheckpointError: there is none.
     """
     problems: list[str] = []
-    for path in found(run_dir):
+    best = run_dir / FOLDER / BEST
+    for path in [*found(run_dir), *([best] if best.exists() else [])]:
         try:
             return path, read(path), problems
         except (CheckpointError, OSError) as error:

@@ -32,6 +32,7 @@ class Telemetry:
             os.replace(temporary, self.path)
         self._file = open(self.path, "a")  # noqa: SIM115 (open as long as the run)
         purge = None if resumed_at is None else resumed_at + 1
+        _date_back(run_dir / "tb")
         self._writer = SummaryWriter(str(run_dir / "tb"), purge_step=purge)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -51,6 +52,19 @@ class Telemetry:
     def close(self) -> None:
         self._file.close()
         self._writer.close()
+
+
+def _date_back(folder: Path) -> None:
+    """Renames event files so that the next one comes after them.
+
+    TensorBoard reads them in the order of their names, which begin with the second in which each was made. That is the
+    wrong order if two were made in the same second, or if the clock has been set back.
+    """
+    limit = int(time.time())
+    for path in sorted(folder.glob("events.out.tfevents.*"), reverse=True):
+        *before, made, rest = path.name.split(".", 4)
+        limit = min(int(made), limit - 1)
+        path.rename(path.with_name(".".join((*before, f"{limit:010d}", rest))))
 
 
 def _step(line: str, otherwise: int) -> int:

@@ -142,8 +142,8 @@ class Simic:
             self._in_a_row = self._in_a_row + 1 if skipped and not searching else 0
             if self._in_a_row >= SKIPPED_IN_A_ROW:
                 self.failed = (
-                    f"{SKIPPED_IN_A_ROW} steps in a row had a loss or a gradient that is not finite; "
-                    "resume from the last checkpoint with a smaller ppo.lr"
+                    f"{SKIPPED_IN_A_ROW} steps in a row had a loss or a gradient that is not finite and were left out; "
+                    "use a smaller ppo.lr"
                 )
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,6 +154,7 @@ class Simic:
             "scaler": self.scaler.scaler.state_dict(),
             "normalizer": self.normalizer.state_dict() if self.normalizer else {},
             "skipped": [self.skipped_total, self._in_a_row],
+            "halved": self.update_step.halved,
             "generator": self.generator.get_state(),
         }
 
@@ -169,4 +170,5 @@ class Simic:
         if self.normalizer:
             self.normalizer.load_state_dict(state["normalizer"])
         self.skipped_total, self._in_a_row = state["skipped"]
+        self.update_step.halved = state["halved"]
         self.generator.set_state(state["generator"])

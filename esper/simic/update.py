@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,11 +11,14 @@ from torch import Tensor
 
 from esper.graph import Layout
 from esper.runtime.compiled import CompileGuard, any_batch
+from esper.runtime.errors import TrainingError
 from esper.runtime.precision import LossScaler
 from esper.simic.config import PPOConfig
 from esper.simic.rollout import Minibatch, Targets
 from esper.tamiyo.distribution import MaskedCategorical
-from esper.tamiyo.policy import GraphPolicy
+from esper.tamiyo.policy import GraphPolicy, Prediction
+
+log = logging.getLogger(__name__)
 
 METRICS = ("loss", "policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "auxiliary_loss")
 """What a minibatch's loss reports, in order."""
@@ -81,10 +85,14 @@ class UpdateStep:
         scaler: over the policy's parameters.
         config: settings of PPO.
         guard: of the compiled form.
+
+    Attributes:
+        halved: whether memory did not suffice for whole minibatches.
     """
 
     def __init__(self, policy: GraphPolicy, scaler: LossScaler, config: PPOConfig, guard: CompileGuard):
         self.policy, self.scaler, self.config, self.guard = policy, scaler, config, guard
+        self.halved = False
         device = next(policy.parameters()).device
         self.coefficients = Coefficients(*(torch.tensor(c, device=device) for c in (config.clip, config.entropy_coef)))
         self._compiled: dict[Layout, Callable[..., tuple[Tensor, Tensor]]] = {}
@@ -92,13 +100,64 @@ class UpdateStep:
     def __call__(self, batch: Minibatch) -> Tensor:
         """Takes the step; returns METRICS, the norm of the gradient and whether the step was skipped, float32 [9] on
         the device, so that nothing here waits for it."""
-        compiled = self._form(batch)
-        if compiled is None:
-            loss, metrics = self._eager(batch)
-        else:
-            loss, metrics = self.guard.run(lambda: self._differentiated(compiled, batch), lambda: self._eager(batch))
+        result = None if self.halved else self._whole(batch)
+        if result is None:
+            result = self._in_halves(batch)
+        loss, metrics = result
         norm, skipped = self.scaler.step(loss, self.config.max_grad_norm)
         return torch.cat([metrics, torch.stack([norm, skipped])])
+
+    def _whole(self, batch: Minibatch) -> tuple[Tensor, Tensor] | None:
+        """Gradients of a minibatch at once; None if memory does not suffice."""
+        compiled = self._form(batch)
+        try:
+            if compiled is None:
+                return self._eager(batch)
+            return self.guard.run(lambda: self._differentiated(compiled, batch), lambda: self._eager(batch))
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+        self._halve()
+        return None
+
+    def _halve(self) -> None:
+        log.warning("out of memory in the update: minibatches are halved from now on, their gradients are added up")
+        self.halved = True
+
+    def _in_halves(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
+        """The same gradients with half the memory, in more time.
+
+        Each half is run twice: first for its outputs, from which the loss of the whole minibatch is computed, so that
+        advantages are normalised over all of it; then to send back the gradient of its outputs (Gao et al.,
+        arXiv 2101.06983).
+
+        Raises:
+            TrainingError: memory does not suffice for half a minibatch either.
+        """
+        self.policy.zero_grad(set_to_none=True)
+        indices = torch.arange(len(batch.graph), device=batch.targets.actions.device)
+        halves = [batch.graph[half] for half in indices.tensor_split(2) if len(half)]
+        try:
+            with torch.no_grad():
+                outputs = zip(*(_given(self.policy.predict(half)) for half in halves), strict=True)
+            joined = [torch.cat(parts).requires_grad_() for parts in outputs]
+            logits, values, *predictions = joined
+            distribution = MaskedCategorical(logits, batch.graph.action_mask)
+            predicted = predictions[0] if predictions else None
+            loss, metrics = ppo_loss(distribution, values, predicted, batch.targets, self.coefficients, self.config)
+            self.scaler.backward(loss)
+            sizes = [len(half) for half in halves]
+            sent = zip(*(_gradient(output).split(sizes) for output in joined), strict=True)
+            for half, gradients in zip(halves, sent, strict=True):
+                torch.autograd.backward(_given(self.policy.predict(half)), gradients)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise TrainingError(
+                "out of memory in the update, with halves of minibatches too; "
+                f"raise ppo.minibatches, which is {self.config.minibatches}"
+            ) from error
+        return loss.detach(), metrics
 
     def warm_up(self, batch: Minibatch) -> None:
         """Compiles what `batch`, of at least two transitions, needs; changes nothing."""
@@ -114,7 +173,13 @@ class UpdateStep:
             loss.backward()
             return loss, metrics
 
-        self.guard.warm_up(lambda: self.guard.run(first, lambda: self._eager(batch)))
+        try:
+            self.guard.warm_up(lambda: self.guard.run(first, lambda: self._eager(batch)))
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            self.guard.warm = True
+            self._halve()
         self.policy.zero_grad(set_to_none=True)
 
     def _eager(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
@@ -153,6 +218,21 @@ class UpdateStep:
 
             self._compiled[layout] = self.guard.compile(function)
         return self._compiled[layout]
+
+
+def _given(prediction: Prediction) -> list[Tensor]:
+    """What there is of logits, values and predictions."""
+    return [each for each in prediction if each is not None]
+
+
+def _gradient(output: Tensor) -> Tensor:
+    return torch.zeros_like(output) if output.grad is None else output.grad
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether a device's memory, or the machine's, did not suffice."""
+    told = "can't allocate memory" in str(error) or "bad_alloc" in str(error)  # by the CPU's allocators
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or told
 
 
 def _tensors(batch: Minibatch) -> list[Tensor]:

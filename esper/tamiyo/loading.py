@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,42 @@ def interface_of(state: dict[str, Any]) -> Interface:
     return Interface(SCHEMA, GROWTH) if saved is None else Interface.of_state(saved)
 
 
-def policy_of(state: dict[str, Any], device: torch.device | str = "cpu") -> GraphPolicy:
-    """The policy in a checkpoint's state, in eval mode."""
-    policy = make_policy(PolicyConfig(**state["config"]["policy"]), interface_of(state)).to(device)
+def check_parameters(policy: GraphPolicy, state: dict[str, Any], origin: str) -> None:
+    """Checks that a checkpoint's parameters are those of `policy`.
+
+    Raises:
+        ConfigError: says what differs.
+    """
+    own, saved = (
+        {k: list(v.shape) for k, v in each.items()} for each in (policy.state_dict(), state["learner"]["policy"])
+    )
+    wrong = [
+        f"{name} is {saved.get(name, 'missing')} there and {own.get(name, 'missing')} here"
+        for name in {**own, **saved}
+        if own.get(name) != saved.get(name)
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ConfigError(
+            f"{origin}: its policy has another architecture: {wrong[0]}{more}; "
+            "use the version that wrote it, or train anew"
+        )
+
+
+def policy_of(state: dict[str, Any], device: torch.device | str = "cpu", origin: str = "the checkpoint") -> GraphPolicy:
+    """The policy in a checkpoint's state, in eval mode; `origin` names the checkpoint in messages.
+
+    Raises:
+        ConfigError: it is another version's.
+    """
+    config = state["config"]["policy"]
+    if unknown := config.keys() - {field.name for field in fields(PolicyConfig)}:
+        raise ConfigError(
+            f"{origin}: its policy has keys that this version does not know: {', '.join(sorted(unknown))}; "
+            "use the version that wrote it, or train anew"
+        )
+    policy = make_policy(PolicyConfig(**config), interface_of(state)).to(device)
+    check_parameters(policy, state, origin)
     policy.load_state_dict(state["learner"]["policy"])
     return policy.eval()
 
@@ -60,4 +94,4 @@ def load_policy(path: str | PathLike[str], device: torch.device | str = "cpu") -
     Raises:
         ConfigError: there is no usable checkpoint; the message says why.
     """
-    return policy_of(load_state(path)[1], device)
+    return policy_of(load_state(path)[1], device, f"path={path}")

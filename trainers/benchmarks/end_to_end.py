@@ -156,7 +156,7 @@ def run(config: BenchmarkConfig) -> Report:
         _watched(trainer, watch)
 
         def iterate() -> None:
-            telemetry.log(trainer.step, trainer._iterate())
+            telemetry.log(trainer.step, trainer.iterate())
 
         variants: dict[str, Callable[[], object]] = {"esper": iterate, _REFERENCE: _sb3(train, "Segment")}
         for number in range(settings.iterations + 1):  # the first one, which compiles, does not count

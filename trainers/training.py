@@ -1,0 +1,131 @@
+"""One training job under Hydra: trains Tamiyo, or goes on with a run, then compares it with the baselines."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from envs.making import saved_env_config
+from esper.graph.segment import acceleration_status
+from esper.runtime import checkpoint, lock
+from esper.runtime.errors import ConfigError, Preempted
+from trainers import cli, config, judging
+from trainers.config import TrainConfig
+from trainers.loop import Trainer
+from trainers.preemption import Preemption, Stop
+
+log = logging.getLogger(__name__)
+
+# What a resumed run may not change, since its parameters, its instances or its state would no longer fit; and what of
+# that it may.
+_FIXED = ("env", "policy", "seed", "ppo.normalize_returns")
+_FREE = ("env.subprocess", "env.timeout_s")
+
+
+def resumed_config(given: DictConfig, overrides: list[str], saved: dict[str, Any], run: str) -> TrainConfig:
+    """The saved configuration with this call's overrides.
+
+    Args:
+        given: the configuration composed from this call's command line.
+        overrides: the command line, `KEY=VALUE` each.
+        saved: the configuration in the checkpoint, as plain containers.
+        run: the run directory, for messages.
+
+    Raises:
+        ConfigError: an override would change what is fixed, or the configuration is another version's.
+    """
+    try:
+        env = OmegaConf.structured(saved_env_config(saved["env"]))
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), {"env": env}, saved)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"resume={run}: its configuration is another version's ({cli.explain(error, TrainConfig)}); "
+            "resume it with the version that wrote it"
+        ) from error
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~").partition("@")[0].replace("/", ".")
+        if key in ("resume", "output_dir"):
+            continue
+        if key == "experiment":
+            raise ConfigError(f"{override}: an experiment sets many keys; override single keys when resuming {run}")
+        for name in _fixed(key):
+            before = OmegaConf.select(merged, name)
+            if OmegaConf.select(given, name) != before:
+                raise ConfigError(
+                    f"{override}: cannot be changed when resuming {run} ({name} was {before}); leave it out, or start "
+                    f"a new run; all keys can be changed but those of {', '.join(_FIXED)}"
+                )
+        OmegaConf.update(merged, key, OmegaConf.select(given, key))
+    assert isinstance(merged, DictConfig)
+    return config.to_train_config(merged)
+
+
+def _fixed(key: str) -> list[str]:
+    """What an override of `key` touches that a resumed run may not change."""
+    if key in _FREE:
+        return []
+    inside = [key for name in _FIXED if f"{key}.".startswith(f"{name}.")]
+    return inside or [name for name in _FIXED if name.startswith(f"{key}.")]
+
+
+@hydra.main(version_base="1.3", config_path="pkg://esper.conf", config_name="train")
+@cli.job(TrainConfig)
+def _main(given: DictConfig) -> None:
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    with Preemption() as preemption, lock.owned(run_dir):
+        try:
+            _train(given, run_dir, preemption)
+        except Stop as stop:
+            kept = bool(checkpoint.found(run_dir))
+            go_on = f"Go on with: python -m trainers.train resume={run_dir}" if kept else "Nothing was to be saved yet."
+            raise Preempted(f"stopped by {stop.name} outside of training. {go_on}") from stop
+
+
+def _train(given: DictConfig, run_dir: Path, preemption: Preemption) -> None:
+    """Training, and the evaluation after it."""
+    console = cli.console()
+    state = None
+    if given.resume:
+        try:
+            path, state, problems = checkpoint.latest(run_dir)
+        except checkpoint.CheckpointError as error:
+            raise ConfigError(f"resume={given.resume}: {error}") from error
+        for problem in problems:
+            console.print(f"warning: {problem}; going on from {path.name}")
+        settings = resumed_config(given, list(HydraConfig.get().overrides.task), state["config"], str(run_dir))
+    else:
+        settings = config.to_train_config(given)
+    status = acceleration_status()
+    way = "accelerated in eager code" if status["acceleration_enabled"] else "native"
+    log.info("segment reductions: %s (%s)", way, status["why"])
+    trainer = Trainer(settings, run_dir, state)
+    console.print(f"run directory: {run_dir}", soft_wrap=True, highlight=False)
+    evaluated = not settings.evaluation.episodes or (run_dir / "eval" / "report.json").exists()
+    if state is not None:
+        console.print(f"resuming at step {trainer.step:,} of {settings.ppo.total_steps:,}")
+    if trainer.step < settings.ppo.total_steps:
+        trainer.run(preemption)
+    elif evaluated:
+        console.print("nothing left to do; to train longer, add ppo.total_steps=N with a larger N")
+        return
+    if settings.evaluation.episodes:
+        console.print(judging.table(trainer.evaluate()))
+    for line in (
+        f"run directory:    {run_dir}",
+        f"train longer:     python -m trainers.train resume={run_dir} ppo.total_steps={2 * settings.ppo.total_steps}",
+        f"evaluate again:   python -m trainers.evaluate checkpoint={run_dir} baselines=all episodes=256",
+        f"see the curves:   tensorboard --logdir {run_dir / 'tb'}",
+    ):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def run() -> int:
+    """What the command line asks for; returns the exit code."""
+    config.register()
+    return cli.run(_main, TrainConfig)
