@@ -98,7 +98,7 @@ class Trainer:
         resumed_at = self.step if self.iteration else None
         with self._files_guarded("open the logs"):
             telemetry = Telemetry(self.run_dir, resumed_at)
-        self._boundary = self.snapshot()
+        self.keep()
         try:
             self._train(telemetry, preemption)
         except Stop as stop:
@@ -129,7 +129,7 @@ class Trainer:
                         latencies = "tamiyo.gnn.inference.latency_ms.histogram"
                         telemetry.histogram(self.step, latencies, self.actor.latencies_ms)
                     start = time.perf_counter()
-                    self._boundary = self.snapshot()
+                    self.keep()
                     if self._due():
                         self.save()
                     self._saving_s = time.perf_counter() - start
@@ -262,8 +262,13 @@ class Trainer:
         except (checkpoint.CheckpointError, OSError):
             return -math.inf  # there is none, or it is damaged: the next one takes its place
 
+    def keep(self) -> None:
+        """Makes this the iteration boundary that `save` writes, so that a stop in the middle of the next iteration
+        finds it untouched."""
+        self._boundary = self.snapshot()
+
     def snapshot(self) -> dict[str, Any]:
-        """A copy of the state, so that a signal in the middle of an iteration finds the boundary before it."""
+        """A copy of the state."""
         return tree_map_only(torch.Tensor, torch.clone, self._state())
 
     def _state(self) -> dict[str, Any]:

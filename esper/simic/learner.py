@@ -170,5 +170,6 @@ class Simic:
         if self.normalizer:
             self.normalizer.load_state_dict(state["normalizer"])
         self.skipped_total, self._in_a_row = state["skipped"]
+        self.failed = None
         self.update_step.halved = state["halved"]
         self.generator.set_state(state["generator"])

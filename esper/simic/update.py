@@ -146,10 +146,12 @@ class UpdateStep:
             predicted = predictions[0] if predictions else None
             loss, metrics = ppo_loss(distribution, values, predicted, batch.targets, self.coefficients, self.config)
             self.scaler.backward(loss)
+            gradients = {number: output.grad for number, output in enumerate(joined) if output.grad is not None}
             sizes = [len(half) for half in halves]
-            sent = zip(*(_gradient(output).split(sizes) for output in joined), strict=True)
-            for half, gradients in zip(halves, sent, strict=True):
-                torch.autograd.backward(_given(self.policy.predict(half)), gradients)
+            sent = zip(*(gradient.split(sizes) for gradient in gradients.values()), strict=True)
+            for half, own in zip(halves, sent, strict=True):
+                given = _given(self.policy.predict(half))
+                torch.autograd.backward([given[number] for number in gradients], own)
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
@@ -223,10 +225,6 @@ class UpdateStep:
 def _given(prediction: Prediction) -> list[Tensor]:
     """What there is of logits, values and predictions."""
     return [each for each in prediction if each is not None]
-
-
-def _gradient(output: Tensor) -> Tensor:
-    return torch.zeros_like(output) if output.grad is None else output.grad
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -197,6 +197,20 @@ def test_three_skipped_steps_with_one_taken_between_do_not_end_training(
     assert learner.failed is None
 
 
+def test_steps_skipped_before_a_stop_count_after_it(make_learner: Learners, collected: Collected) -> None:
+    first, second = make_learner(epochs=1, minibatches=1), make_learner(epochs=1, minibatches=1)
+    bad = collected()
+    bad._targets.returns[0] = math.nan
+    first.update(bad, 0.0)
+    first.update(bad, 0.0)
+    second.load_state_dict(first.state_dict())
+    assert second.failed is None
+    second.update(bad, 0.0)
+    assert second.failed is not None
+    second.load_state_dict(first.state_dict())
+    assert second.failed is None
+
+
 def test_broken_weights_end_training(make_learner: Learners, collected: Collected) -> None:
     learner = make_learner()
     with torch.no_grad():

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +73,70 @@ def test_a_second_signal_ends_the_process_at_once(number: signal.Signals) -> Non
     assert done.returncode == -number
     assert "held" in done.stdout
     assert "still here" not in done.stdout
+
+
+def test_before_there_is_anything_to_save_a_signal_ends_the_process_with_its_own_exit_code() -> None:
+    code = (
+        "import os, signal\nfrom trainers.preemption import Preemption, early\n"
+        "with early():\n"
+        "    with Preemption(): pass\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1); print('still here', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75
+    assert done.stderr == "error: stopped by SIGUSR1 before there was anything to save; start it again\n"
+    assert not done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("marker", "overrides", "number"),
+    [
+        (None, [], signal.SIGTERM),  # while torch is imported
+        ("compiling the actor", ["runtime.compile=true"], signal.SIGINT),
+        ("compiling the update step", ["runtime.compile=true"], signal.SIGUSR1),
+        ("training ", ["ppo.total_steps=1000000"], signal.SIGTERM),
+        ("training  96/96", ["evaluation.episodes=512", "evaluation.baselines=all"], signal.SIGUSR1),
+        ("training ", ["-m", "seed=1,2", "ppo.total_steps=1000000"], signal.SIGINT),
+    ],
+    ids=["imports", "actor", "update", "training", "evaluation", "multirun"],
+)
+def test_a_signal_at_any_moment_ends_a_run_within_ten_seconds_and_it_goes_on(
+    marker: str | None, overrides: list[str], number: signal.Signals, tiny: list[str], tmp_path: Path
+) -> None:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}  # so that compiling takes long
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "trainers.train", *arguments]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+        )
+
+    flags = [each for each in overrides if each.startswith("-")]
+    with start(*flags, *tiny, *(each for each in overrides if each not in flags)) as process:
+        try:
+            if marker:
+                assert process.stdout is not None
+                assert any(marker in line for line in process.stdout)
+            time.sleep(0.5)
+            process.send_signal(number)
+            sent = time.monotonic()
+            _, err = process.communicate(timeout=60)
+            took = time.monotonic() - sent
+        finally:
+            process.kill()
+    assert process.returncode == 75, err
+    assert took < 10
+    line = err.strip().splitlines()[-1]
+    assert line.startswith(f"error: stopped by {number.name}")
+    if marker is None:
+        assert not list(tmp_path.glob("runs/**/*.ckpt"))
+        return
+    resume = line.split()[-1]
+    assert resume.startswith("resume=")
+    assert list(Path(resume.removeprefix("resume=")).glob("checkpoints/step_*.ckpt"))
+    less = "ppo.total_steps=128" if "training  96/96" not in marker else "evaluation.episodes=0"
+    with start(resume, less, "runtime.compile=false") as process:
+        out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "resuming at step" in out
