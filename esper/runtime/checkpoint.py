@@ -75,6 +75,8 @@ def read(path: Path) -> dict[str, Any]:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} holds more than tensors and plain values; it was not loaded") from error
+    except (RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path} is damaged (its content is none of torch's)") from error
     version = state.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from esper.graph import GraphBatch, Layout
 from esper.runtime.compiled import CompileGuard, any_batch
+from esper.runtime.errors import TrainingError
 from esper.tamiyo.distribution import MaskedCategorical
 from esper.tamiyo.policy import GraphPolicy, Prediction
 
@@ -78,8 +79,16 @@ class Actor:
 
     @torch.inference_mode()
     def __call__(self, graph: GraphBatch) -> Decision:
+        """One decision for each of N graphs.
+
+        Raises:
+            TrainingError: a logit or a value is not finite.
+        """
         start = time.perf_counter()
         log_probs, values = self._run(graph)
+        # One bad logit makes a whole row bad.
+        if not (log_probs.amax(1) + values).isfinite().all():
+            raise TrainingError("the policy's outputs are not finite: use a smaller ppo.lr")
         # Not part of what is compiled: sampling in a captured graph stops being random.
         if self.deterministic:
             actions = log_probs.argmax(-1)

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import pickle
 import random
@@ -51,6 +52,26 @@ def test_none_left(tmp_path):
     checkpoint.save(tmp_path, 1, STATE, keep=1).write_bytes(b"")
     with pytest.raises(CheckpointError, match="is not an Esper checkpoint"):
         checkpoint.latest(tmp_path)
+
+
+def test_the_best_is_a_copy_that_outlives_its_file_and_serves_when_no_other_is_whole(tmp_path):
+    best = checkpoint.save(tmp_path, 1, {**STATE, "step": 1}, keep=1)
+    checkpoint.keep_as_best(best)
+    newest = checkpoint.save(tmp_path, 2, {**STATE, "step": 2}, keep=1)
+    assert not best.exists()
+    assert checkpoint.found(tmp_path) == [newest]
+    assert checkpoint.latest(tmp_path)[1]["step"] == 2
+    newest.write_bytes(b"")
+    path, state, problems = checkpoint.latest(tmp_path)
+    assert (path.name, state["step"], len(problems)) == (checkpoint.BEST, 1, 1)
+
+
+@pytest.mark.parametrize("payload", [b"", b"not a file of torch's", b"PK\x03\x04" + bytes(100)])
+def test_a_payload_that_is_none_of_torchs_is_refused(tmp_path, payload):
+    path = tmp_path / "step_1.ckpt"
+    path.write_bytes(checkpoint._MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+    with pytest.raises(CheckpointError, match=r"step_1\.ckpt"):
+        checkpoint.read(path)
 
 
 class Evil:

@@ -1,5 +1,6 @@
 import json
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from esper.runtime.telemetry import Telemetry
@@ -36,3 +37,16 @@ def test_resuming_takes_back_what_came_after_the_checkpoint(tmp_path):
     resumed.close()
     assert [(line["step"], line["x"]) for line in lines(tmp_path)] == [(10, 10.0), (20, 20.0), (30, 31.0)]
     assert points(tmp_path, "x") == [(10, 10.0), (20, 20.0), (30, 31.0)]
+
+
+@pytest.mark.parametrize("clock", [(1_000_000, 1_000_000), (1_000_000, 999_000), (1_000_000, 2_000_000)])
+def test_resuming_in_the_same_second_or_after_the_clock_was_set_back(tmp_path, monkeypatch, clock):
+    for number in range(12):  # names end in a count, of which "10" comes before "9"
+        monkeypatch.setattr("time.time", lambda number=number: float(clock[number % 2]))
+        telemetry = Telemetry(tmp_path, resumed_at=10 * number if number else None)
+        for step in (10 * number + 10, 10 * number + 20):  # the second one is taken back
+            telemetry.log(step, {"x": float(number)})
+        telemetry.close()
+    expected = [(10 * number + 10, float(number)) for number in range(12)] + [(130, 11.0)]
+    assert points(tmp_path, "x") == expected
+    assert [(line["step"], line["x"]) for line in lines(tmp_path)] == expected

@@ -1,4 +1,5 @@
 import json
+import statistics
 from collections import Counter
 from dataclasses import replace
 
@@ -189,6 +190,17 @@ def test_suites_of_rows(run, tmp_path, suite, overrides, variants):
                 assert row["ratio_vs_floor"] == pytest.approx(row["median_ms"] / rows["floor"]["median_ms"])
 
 
+@pytest.mark.slow
+def test_keeping_the_state_is_measured(run, tmp_path):
+    result = run("suite=checkpoint", "benchmark.repeats=3", "runtime.compile=false", "out=report.json")
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert {name: len(times) for name, times in found["ms"].items()} == {"iteration": 3, "copy": 3, "file": 3}
+    iteration, copy, file = (statistics.median(found["ms"][name]) for name in ("iteration", "copy", "file"))
+    assert found["share"] == pytest.approx((copy + file / 10) / (iteration + copy + file / 10))
+    assert found["file_mib"] > 1
+
+
 def test_default_output_names_suite_and_time(run, tmp_path):
     result = run(*TINY, "benchmark.clock=cpu")
     assert result.code == 0, result.err
@@ -209,7 +221,7 @@ def test_a_dishonest_comparison_is_refused(run, monkeypatch):
     [
         (
             ["suite=mars"],
-            "suite=mars: no such suite; choose one of actor, encoder, end_to_end, env, graph, pooling, update",
+            "suite=mars: no such suite; choose one of actor, checkpoint, encoder, end_to_end, env, graph, pooling",
         ),
         (["benchmark.tasks=[mars]"], "benchmark.tasks=mars: env=mars: no such option; choose one of"),
         (["benchmark.tasks=[]"], "benchmark.tasks=[]: name at least one"),

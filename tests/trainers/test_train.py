@@ -16,8 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from envs.growth_env import GrowthEnv
 from esper.graph import segment
 from esper.runtime import checkpoint
+from esper.runtime.errors import TrainingError
 from esper.runtime.telemetry import Telemetry
 from esper.simic import update
+from esper.tamiyo.actor import Actor
+from trainers import loop
 
 CONTRACT = {
     "rollout/ep_rew_mean",
@@ -416,6 +419,118 @@ def test_one_step_that_is_not_finite_is_left_out(run_train, monkeypatch):
     result = run_train()
     assert result.code == 0, result.err
     assert [line["amp/skipped_steps"] for line in lines(result.run_dir)] == [0, 1, 1]
+
+
+def test_an_error_of_an_environment_loses_nothing(run_train, monkeypatch):
+    whole, honest, calls = run_train(), GrowthEnv.step, []
+
+    def broken(self, actions):
+        calls.append(1)
+        if len(calls) == 13:  # in the middle of the second iteration
+            raise TrainingError("env.id=Mine: it broke")
+        return honest(self, actions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GrowthEnv, "step", broken)
+        result = run_train("checkpoint.every=100")
+    assert result.code == 3
+    assert result.err.startswith("error: env.id=Mine: it broke; the state after 32 steps is saved, go on with: ")
+    assert result.err.endswith(f"resume={result.run_dir}\n")
+    assert newest(result.run_dir)["step"] == 32
+    assert run_train(f"resume={result.run_dir}", tiny=False).code == 0
+    assert untimed(result.run_dir) == untimed(whole.run_dir)
+
+
+def test_an_unforeseen_error_loses_nothing(run_train, monkeypatch):
+    def broken(self, actions):
+        raise ZeroDivisionError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GrowthEnv, "step", broken)
+        with pytest.raises(ZeroDivisionError):
+            run_train()
+    (run,) = Path("runs/digits").iterdir()
+    assert newest(run)["step"] == 0
+
+
+@pytest.mark.parametrize("part", ["wait", "value"])
+def test_outputs_that_are_not_finite_end_training(run_train, monkeypatch, part):
+    honest = Actor.sync
+
+    def poisoned(self):
+        honest(self)
+        with torch.no_grad():
+            next(p for name, p in self.policy.named_parameters() if name.startswith(part)).fill_(float("nan"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Actor, "sync", poisoned)
+        result = run_train()
+    assert result.code == 3
+    assert result.err.startswith("error: the policy's outputs are not finite")
+    assert len(result.err.splitlines()) == 1
+
+
+def test_the_checkpoint_with_the_highest_return_is_kept(run_train, run_evaluate, monkeypatch):
+    honest, calls = GrowthEnv.step, []
+
+    def rewarded(self, actions):
+        graph, reward, terminated, *rest, info = honest(self, actions)
+        calls.append(1)
+        if "episodes" in info:  # the second of three iterations is the best
+            info["episodes"]["return"] = torch.full_like(info["episodes"]["return"], -abs(len(calls) - 12.0))
+        return graph, reward, terminated, *rest, info
+
+    monkeypatch.setattr(GrowthEnv, "step", rewarded)
+    monkeypatch.setattr(loop, "_WINDOW", 8)
+    result = run_train("checkpoint.keep=1", "evaluation.episodes=0")
+    best = result.run_dir / "checkpoints" / checkpoint.BEST
+    assert checkpoint.read(best)["step"] == 64
+    assert newest(result.run_dir)["step"] == 96
+    calls.clear()
+    assert run_train(f"resume={result.run_dir}", "ppo.total_steps=128", tiny=False).code == 0  # far worse
+    assert checkpoint.read(best)["step"] == 64
+    evaluated = run_evaluate(f"checkpoint={best}", "episodes=2", "baselines=none")
+    assert evaluated.code == 0, evaluated.err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: state["learner"]["policy"].pop(next(iter(state["learner"]["policy"]))),
+            "its policy has another architecture: encoder.inputs.global.0.weight is missing there",
+        ),
+        (lambda state: state.update(schema_hash="old"), "its graph schema"),
+        (lambda state: state.update(format_version=1), "format version 1, this version of Esper reads"),
+    ],
+    ids=["architecture", "schema", "format"],
+)
+def test_what_another_version_wrote_is_refused_in_one_line(run_train, run_evaluate, change, message):
+    run = run_train("ppo.total_steps=32").run_dir
+    path = checkpoint.found(run)[0]
+    state = checkpoint.read(path)
+    change(state)
+    for file in (path, path.with_name(checkpoint.BEST)):
+        checkpoint.write(file, state)
+    for result in (
+        run_train(f"resume={run}", "ppo.total_steps=64", tiny=False),
+        run_evaluate(f"checkpoint={run}", "episodes=2"),
+    ):
+        assert result.code == 2
+        assert message in result.err
+        assert len(result.err.splitlines()) == 1
+
+
+def test_a_configuration_of_another_version_is_refused_in_one_line(run_train):
+    run = run_train("ppo.total_steps=32").run_dir
+    path = checkpoint.found(run)[0]
+    state = checkpoint.read(path)
+    state["config"]["ppo"]["momentum"] = 0.9
+    checkpoint.write(path, state)
+    result = run_train(f"resume={run}", "ppo.total_steps=64", tiny=False)
+    assert result.code == 2
+    assert result.err.startswith(f"error: resume={run}: its configuration is another version's (ppo.momentum: no such")
+    assert len(result.err.splitlines()) == 1
 
 
 @pytest.mark.slow
