@@ -1,10 +1,8 @@
-"""The configuration of environments that nobody here wrote, and how their failures are told in one line."""
+"""The configuration of environments that nobody here wrote."""
 
 from __future__ import annotations
 
-import traceback
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -14,7 +12,15 @@ from esper.runtime.errors import ConfigError, check_positive
 
 
 @dataclass
-class GymConfig(BaseEnvConfig):
+class ProcessConfig:
+    """Where environments live; beside BaseEnvConfig, whose direct subclasses are the kinds of environments."""
+
+    subprocess: bool = False  # each environment in a process of its own, side by side
+    timeout_s: float = 60.0  # how long an answer of such a process may take
+
+
+@dataclass
+class GymConfig(ProcessConfig, BaseEnvConfig):
     """A Gymnasium environment with flat observations."""
 
     kind: str = "gym"
@@ -34,7 +40,7 @@ class GymConfig(BaseEnvConfig):
 
 
 @dataclass
-class HeteroConfig(BaseEnvConfig):
+class HeteroConfig(ProcessConfig, BaseEnvConfig):
     """An environment whose observations are PyG's HeteroData."""
 
     kind: str = "hetero"
@@ -57,15 +63,7 @@ class HeteroConfig(BaseEnvConfig):
             raise ConfigError(f"{prefix}.target={self.target}: must be of the form package.module:factory")
 
 
-def _check(config: BaseEnvConfig, prefix: str, kind: str) -> None:
+def _check(config: GymConfig | HeteroConfig, prefix: str, kind: str) -> None:
     if config.kind != kind:
         raise ConfigError(f"{prefix}.kind={config.kind}: is {kind} for this environment; choose another by env=NAME")
-    check_positive(prefix, {"num_envs": config.num_envs})
-
-
-def failure(error: Exception) -> str:
-    """What went wrong and where, in one line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}{where}"
+    check_positive(prefix, {"num_envs": config.num_envs, "timeout_s": config.timeout_s})

@@ -19,7 +19,7 @@ from envs.surrogate import SurrogatePopulation
 from esper.graph import GraphBatch
 from esper.graph.interface import GROWTH, Interface
 from esper.graph.schema import SCHEMA
-from esper.growth.actions import ActionLayout, Verb
+from esper.growth.actions import WAIT, ActionLayout, Verb
 from esper.growth.context import Context
 from esper.growth.lifecycle import is_kept, is_live
 from esper.growth.observation import Observer
@@ -40,7 +40,8 @@ class GrowthEnv:
         config: what to grow on what; `config.num_envs` is not used.
         num_envs: N.
         split: which instances to draw, one of SPLITS.
-        autoreset: start the next episode in the step that ended one (SAME_STEP); otherwise the caller resets.
+        autoreset: start the next episode in the step that ended one (SAME_STEP); otherwise an environment whose episode
+            has ended earns nothing more, whatever its action, until the caller resets.
         device: where the population lives.
     """
 
@@ -71,6 +72,7 @@ class GrowthEnv:
         self._seeds = torch.arange(num_envs)
         self._episodes = torch.zeros(num_envs, dtype=torch.int64)
         self._kinds = torch.zeros(num_envs, dtype=torch.int64)
+        self._running = torch.zeros(num_envs, dtype=torch.bool)  # an episode is going on
         self._returns = torch.zeros(num_envs)
         self._counts = torch.zeros(num_envs, len(Verb), dtype=torch.int64)
         self._potential = torch.zeros(num_envs)
@@ -79,6 +81,11 @@ class GrowthEnv:
         self._spent, self._twin_spent = torch.zeros(num_envs), torch.zeros(num_envs)  # compute, in ungrown episodes
         self._best = torch.zeros(num_envs)  # validation loss so far
         self._twin = torch.zeros(num_envs, config.epochs + 3)  # as Twins returns it
+
+    @property
+    def running(self) -> bool:
+        """Whether an episode is going on in any environment."""
+        return bool(self._running.any())
 
     def reset(self, seeds: Tensor | None = None) -> GraphBatch:
         """Starts an episode in every environment.
@@ -113,7 +120,8 @@ class GrowthEnv:
         meters = (self._area, self._twin_area, self._spent, self._twin_spent)
         for state in (self._returns, self._counts, self._potential, *meters):
             state[where] = 0
-        self._best[where] = self.population.validation_loss[where.to(self.device)].cpu()
+        self._best[where] = _or_inf(self.population.validation_loss[where.to(self.device)])
+        self._running[where] = True
 
     def step(self, actions: Tensor) -> tuple[GraphBatch, Tensor, Tensor, Tensor, dict[str, Any]]:
         """Carries out one action per environment and trains every host for an epoch.
@@ -124,7 +132,8 @@ class GrowthEnv:
         Returns:
             observation: GraphBatch of N graphs (with autoreset, of the new episode where one has ended).
             reward: float32 [N].
-            terminated: bool [N]; the horizon is part of the task and of the observation, so reaching it terminates.
+            terminated: bool [N]; the horizon is part of the task and of the observation, so reaching it terminates, and
+                so does a host that diverges, whose gain is the lowest there is.
             truncated: bool [N], always False.
             info: empty unless an episode has ended; then `final_graph` (the N observations before the reset) and
                 `episodes`, a dict of tensors over the m environments that ended (see `_summary`).
@@ -134,23 +143,32 @@ class GrowthEnv:
         """
         if actions.shape != (self.num_envs,):
             raise ValueError(f"actions of shape {tuple(actions.shape)} for {self.num_envs} environments")
-        verbs = self.layout.execute(self.population, actions.cpu())
-        self._counts += torch.nn.functional.one_hot(verbs, len(Verb))
+        running = self._running.clone()
+        if not running.any():
+            over = torch.zeros_like(running)
+            return self._observe(), torch.zeros(self.num_envs), over, over.clone(), {}
+        # Hosts whose episode is over are trained along, for nothing: they are part of the batch.
+        verbs = self.layout.execute(self.population, torch.where(running, actions.cpu(), WAIT))
+        self._counts += torch.nn.functional.one_hot(verbs, len(Verb)) * running[:, None]
         cost = self._epoch_cost()
         self.population.train_epoch()
         self._meter(cost)
-        terminated = self.population.epoch >= self.config.epochs
+        diverged = self.population.diverged()
+        terminated = running & (diverged | (self.population.epoch >= self.config.epochs))
         if terminated.any():
             self.population.remove_unfinished(terminated)
-        score = self._score()
+            diverged |= self.population.diverged()  # what is left without those seeds may be no better
+        score = self._score(diverged)
         potential = (self.config.reward.shaping * score).masked_fill(terminated, 0.0)
         reward = potential - self._potential + torch.where(terminated, score - self._price(), 0.0)
+        reward = reward.masked_fill(~running, 0.0)
         self._potential = potential
         self._returns += reward
+        self._running = running & ~terminated
         graph, info = self._observe(), {}
         if terminated.any():
             ended = terminated.nonzero().squeeze(1)
-            info = {"final_graph": graph, "episodes": self._summary(ended, score)}
+            info = {"final_graph": graph, "episodes": self._summary(ended, score, diverged)}
             if self.autoreset:
                 self._begin(ended)
                 graph = self._observe()
@@ -166,25 +184,29 @@ class GrowthEnv:
     def _meter(self, cost: tuple[Tensor, Tensor]) -> None:
         """Adds the epoch that has been trained to the areas, as far as an ungrown episode's compute goes.
 
-        The areas are under the best loss so far, so that burning compute never pays, also where the loss rises.
+        The areas are under the best loss so far, so that burning compute never pays, also where the loss rises. An area
+        that is not finite stays so: no loss has been finite when it began.
         """
         p, everyone = self.population, torch.arange(self.num_envs)
-        self._best = torch.minimum(self._best, p.validation_loss.cpu().nan_to_num(nan=torch.inf))
+        self._best = torch.minimum(self._best, _or_inf(p.validation_loss))
         twin = self._twin[:, : self.config.epochs + 1].cummin(1).values[everyone, p.epoch]
         meters = ((self._area, self._spent, self._best), (self._twin_area, self._twin_spent, twin))
         for (area, spent, loss), one in zip(meters, cost, strict=True):
             area += torch.minimum(one, (1 - spent).clamp(min=0)) * loss
             spent += one
 
-    def _score(self) -> Tensor:
+    def _score(self, diverged: Tensor) -> Tensor:
         """[N], improvement over the twin: of the final loss, or where priced of the mean over compute of the best loss
-        so far, for which a grown host is done earlier, since its epochs cost more."""
+        so far, for which a grown host is done earlier, since its epochs cost more. Hosts that have `diverged` (bool
+        [N]) score lowest, and others highest where the twin has."""
         p, everyone = self.population, torch.arange(self.num_envs)
         loss, twin = p.validation_loss.cpu(), self._twin[everyone, p.epoch]
         area = self._area / self._spent.clamp(1e-9, 1)
         twin_area = self._twin_area / self._twin_spent.clamp(1e-9, 1)
         priced = p.context.priced
-        return gain(torch.where(priced, area, loss), torch.where(priced, twin_area, twin), self.reference)
+        loss = torch.where(priced, area, loss).masked_fill(diverged, torch.inf)
+        twin = torch.where(priced & twin.isfinite(), twin_area, twin)
+        return gain(loss, twin, self.reference)
 
     def _kept_parameters(self) -> Tensor:
         return self.population.seed_parameters(is_kept(self.population.lifecycle.stage))
@@ -200,7 +222,7 @@ class GrowthEnv:
         parameters = rent(self._kept_parameters(), p.host_parameters(), most)
         return weights.rent * parameters + weights.flops * self._flops_ratio() * ~context.priced
 
-    def _summary(self, ended: Tensor, score: Tensor) -> dict[str, Tensor]:
+    def _summary(self, ended: Tensor, score: Tensor, diverged: Tensor) -> dict[str, Tensor]:
         """What is known of the episodes that have ended in the environments `ended` ([m]); every entry is [m].
 
         Test accuracies come from the test split; they are for reports and never enter observation or reward. `kind` is
@@ -213,6 +235,7 @@ class GrowthEnv:
             "return": self._returns[ended],
             "length": p.epoch[ended],
             "gain": score[ended],
+            "diverged": diverged[ended],
             "germinated": self._counts[ended, Verb.GERMINATE],
             "fossilized": self._counts[ended, Verb.FOSSILIZE],
             "culled": self._counts[ended, Verb.CULL],
@@ -232,17 +255,23 @@ class GrowthEnv:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, as tensors in plain containers."""
-        return {
-            "population": self.population.state_dict(),
-            **{name: getattr(self, name).clone() for name in self._STATE},
-        }
+        state = {name: getattr(self, name).clone() for name in self._STATE}
+        if not self.autoreset:  # else an episode is always going on
+            state["_running"] = self._running.clone()
+        return {"population": self.population.state_dict(), **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> GraphBatch:
         """Restores what `state_dict` returned; returns the observation at that point."""
         self.population.load_state_dict(state["population"])
         for name in self._STATE:
             setattr(self, name, state[name].clone())
+        self._running = torch.ones(self.num_envs, dtype=torch.bool) if self.autoreset else state["_running"].clone()
         return self._observe()
+
+
+def _or_inf(loss: Tensor) -> Tensor:
+    """On the CPU, with inf for NaN, which would win every comparison."""
+    return loss.cpu().nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def population_spec(config: EnvConfig) -> PopulationSpec:

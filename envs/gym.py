@@ -5,15 +5,16 @@ The growth environments' own Gymnasium faces are in `envs.gym_env`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
 
-from envs.adapter import AdaptedEnv
-from envs.adapter_config import GymConfig, failure
+from envs.adapter import AdaptedEnv, asked, make_workers
+from envs.adapter_config import GymConfig
+from envs.worker import GymFactory, Misbehaved, short
 from esper.graph import GraphBatch, Layout
 from esper.graph.batch import Packed, empty
 from esper.graph.interface import DISCRETE, Interface
@@ -44,14 +45,8 @@ class GymEnv(AdaptedEnv):
         device: torch.device | str = "cpu",
     ):
         origin = f"env.id={config.id}"
-        try:
-            environments = [gymnasium.make(config.id, **config.kwargs) for _ in range(num_envs)]
-        except Exception as error:  # whatever a registered environment's own code raises
-            given = f" (env.kwargs={config.kwargs})" if config.kwargs else ""
-            raise ConfigError(
-                f"{origin}: gymnasium.make failed{given}: {failure(error)}; give the id of an installed environment"
-            ) from error
-        observed, acted = environments[0].observation_space, environments[0].action_space
+        workers = make_workers(GymFactory(config.id, config.kwargs), config, num_envs, origin)
+        observed, acted = asked(workers[0], origin, "spaces")
         if not isinstance(acted, spaces.Discrete):
             raise ConfigError(f"{origin}: its actions are {acted}; only Discrete actions can be learned")
         self._space, self._start = observed, int(acted.start)
@@ -60,20 +55,24 @@ class GymEnv(AdaptedEnv):
         relation = (NODE, "itself", NODE)
         schema = GraphSchema({NODE: tuple(f"f{number}" for number in range(width))}, {relation: ("presence",)})
         interface = Interface(schema, DISCRETE, int(acted.n))
-        super().__init__(environments, origin, interface, split, autoreset, device)
+        super().__init__(workers, origin, interface, split, autoreset, device)
         frame = empty(Layout.of(schema, {NODE: 1}), num_envs)
         self._frame = Packed(frame.layout, frame.x, *(part.fill_(1) for part in frame.tensors()[1:]))
         self._normalizer = Normalizer(width) if config.normalize else None
         self._learns = split == "train"
 
     def _taken(self, observation: Any) -> np.ndarray:
+        _check(self._space, observation, "the observation")
         if isinstance(self._space, spaces.Box):
-            flat = np.asarray(observation, dtype=np.float32).reshape(-1)
-        else:
-            flat = np.asarray(spaces.flatten(self._space, observation), dtype=np.float32)
+            return np.asarray(observation, dtype=np.float32).reshape(-1)
+        return np.asarray(spaces.flatten(self._space, observation), dtype=np.float32)
+
+    def _learn(self, observation: np.ndarray) -> None:
         if self._normalizer and self._learns:
-            self._normalizer.learn(flat)
-        return flat
+            self._normalizer.learn(observation)
+
+    def _arrays(self, observation: np.ndarray) -> list[np.ndarray]:
+        return [observation]
 
     def _count(self, observation: np.ndarray) -> int:
         return self.interface.count
@@ -128,6 +127,47 @@ class Normalizer:
         """Restores what `state_dict` returned."""
         self._count = state["count"]
         self._mean, self._squares = state["mean"].numpy().copy(), state["squares"].numpy().copy()
+
+
+def _check(space: spaces.Space, value: Any, name: str) -> None:
+    """Refuses what is not of the space, or not finite. Bounds are not looked at: many environments exceed theirs.
+
+    Raises:
+        Misbehaved: names the part.
+    """
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        named = isinstance(space, spaces.Dict)
+        parts = _members(space.spaces)
+        found = _members(value) if isinstance(value, Mapping if named else tuple | list) else {}
+        if found.keys() != parts.keys():
+            wanted = f"a {'dict' if named else 'tuple'} of {list(parts)}"
+            raise Misbehaved(f"{name} is {short(value)}; its observation_space wants {wanted}")
+        for key, part in parts.items():
+            _check(part, found[key], f"{name}[{key!r}]")
+        return
+    if not isinstance(space, spaces.Box):
+        if not space.contains(value):
+            raise Misbehaved(f"{name} is {short(value)}, which is not in its observation_space {space}")
+        return
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # of unequal lengths
+        raise Misbehaved(f"{name} is {short(value)}; its observation_space wants an array {space.shape}") from error
+    if array.dtype.kind not in "biuf":
+        raise Misbehaved(f"{name} is {short(value)}; its observation_space wants numbers")
+    if array.shape != space.shape:
+        raise Misbehaved(f"{name} has shape {array.shape}; its observation_space says {space.shape}")
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(array.astype(np.float32))
+    if not finite.all():
+        at = tuple(int(index) for index in np.argwhere(~finite)[0])
+        place = f" at {list(at)}" if at else ""
+        raise Misbehaved(f"{name} is {array[at]}{place}; it must be finite in float32")
+
+
+def _members(parts: Any) -> dict[Any, Any]:
+    """By their keys, or their numbers where they have none."""
+    return dict(parts) if isinstance(parts, Mapping) else dict(enumerate(parts))
 
 
 def _width(space: spaces.Space, origin: str) -> int:

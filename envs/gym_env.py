@@ -16,7 +16,7 @@ from envs.growth_env import GrowthEnv
 from esper.graph.space import space_of, to_numpy
 from esper.growth.actions import WAIT
 
-_ACCOUNTS = ("gain", "germinated", "fossilized", "culled", "params_ratio", "flops_ratio")
+_ACCOUNTS = ("gain", "germinated", "fossilized", "culled", "params_ratio", "flops_ratio", "diverged")
 
 
 def _spaces(env: GrowthEnv) -> tuple[spaces.Dict, spaces.Discrete]:

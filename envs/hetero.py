@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +10,9 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from envs.adapter import AdaptedEnv
-from envs.adapter_config import HeteroConfig, failure
+from envs.adapter import AdaptedEnv, asked, make_workers
+from envs.adapter_config import HeteroConfig
+from envs.worker import Misbehaved, TargetFactory, short
 from esper.graph import GraphBatch
 from esper.graph.interface import DISCRETE, NODE, Interface
 from esper.graph.ragged import Graph, pack
@@ -46,17 +46,16 @@ class HeteroEnv(AdaptedEnv):
         device: torch.device | str = "cpu",
     ):
         origin = f"env.target={config.target}"
-        environments = _made(config, num_envs, origin)
+        workers = make_workers(TargetFactory(config.target, config.kwargs), config, num_envs, origin)
+        first = asked(workers[0], origin, "reset", 0).observation
         try:
-            first, _ = environments[0].reset(seed=0)
-        except Exception as error:  # whatever the environment's own code raises
-            raise ConfigError(
-                f"{origin}: reset(seed=0) failed: {failure(error)}; it must return (HeteroData, info)"
-            ) from error
-        self._reader = HeteroReader(first, config.reverse, origin)
+            self._reader = HeteroReader(first, config.reverse)
+            seen = self._reader(first)
+        except Misbehaved as error:
+            raise ConfigError(f"{origin}: {error}") from error
         schema, start = self._reader.schema, 0
         if config.action_node is None:
-            acted = getattr(environments[0], "action_space", None)
+            _, acted = asked(workers[0], origin, "spaces")
             if not isinstance(acted, spaces.Discrete):
                 raise ConfigError(
                     f"{origin}: its action_space is {acted}; only Discrete actions can be learned, or the choice of a "
@@ -71,12 +70,16 @@ class HeteroEnv(AdaptedEnv):
                 f"env.action_node={config.action_node}: its observations have no such node type; choose one of {known}"
             )
         self._start = start
-        super().__init__(environments, origin, interface, split, autoreset, device)
+        super().__init__(workers, origin, interface, split, autoreset, device)
         # Room never shrinks, so that layouts repeat.
-        self._room = pack(schema, [self._reader(first)]).layout
+        self._room = pack(schema, [seen]).layout
 
     def _taken(self, observation: Any) -> Graph:
         return self._reader(observation)
+
+    def _arrays(self, observation: Graph) -> list[np.ndarray]:
+        tables = [*observation.x.values(), *(part for edges in observation.edges.values() for part in edges)]
+        return [table.numpy() for table in tables]
 
     def _count(self, observation: Graph) -> int:
         if self.interface.actions == DISCRETE:
@@ -108,26 +111,6 @@ class HeteroEnv(AdaptedEnv):
         )
 
 
-def _made(config: HeteroConfig, count: int, origin: str) -> list[Any]:
-    module, _, name = config.target.partition(":")
-    try:
-        found = import_module(module)
-    except Exception as error:  # whatever the module's own code raises
-        raise ConfigError(
-            f"{origin}: importing {module} failed: {failure(error)}; install it, or put its folder on PYTHONPATH"
-        ) from error
-    factory = getattr(found, name, None)
-    if not callable(factory):
-        has = "is not callable" if hasattr(found, name) else "does not exist"
-        raise ConfigError(f"{origin}: {name} {has} in {module}; name a function or class that makes an environment")
-    try:
-        return [factory(**config.kwargs) for _ in range(count)]
-    except Exception as error:  # whatever the factory's own code raises
-        raise ConfigError(
-            f"{origin}: calling {name} failed: {failure(error)}; env.kwargs={config.kwargs} are its arguments"
-        ) from error
-
-
 class HeteroReader:
     """Reads HeteroData as graphs of one schema, the first observation's.
 
@@ -138,22 +121,23 @@ class HeteroReader:
     Args:
         first: an observation that has every node type and relation.
         reverse: see above.
-        origin: what is read, for messages.
+
+    Raises:
+        Misbehaved: the first observation is not of this kind.
     """
 
-    def __init__(self, first: Any, reverse: bool, origin: str):
-        self._origin = origin
+    def __init__(self, first: Any, reverse: bool):
         self._check(first)
         if not first.node_types:
-            raise ConfigError(f"{origin}: its first observation has no node types; they are read from it")
+            raise Misbehaved("its first observation has no node types; they are read from it")
         for name in {part for relation in first.edge_types for part in relation} | set(first.node_types):
             taken = name in first.node_types and hasattr(nn.ModuleDict(), name)  # parameters are kept by node type
             if not re.fullmatch(r"\w+", name) or "__" in name or taken:
-                raise ConfigError(
-                    f"{origin}: a node type or relation is called {name!r}; choose another name, of letters and digits"
+                raise Misbehaved(
+                    f"a node type or relation is called {name!r}; choose another name, of letters and digits"
                 )
-        self._given = {relation: _width(first[relation], "edge_attr") for relation in first.edge_types}
-        self._features = {node: _width(first[node], "x") for node in first.node_types}
+        self._given = {relation: _width(first[relation], "edge_attr", relation) for relation in first.edge_types}
+        self._features = {node: _width(first[node], "x", (node,)) for node in first.node_types}
         self._reversed: dict[Relation, Relation] = {}
         if reverse:
             pairs = {relation: (relation[2], f"rev_{relation[1]}", relation[0]) for relation in self._given}
@@ -169,13 +153,13 @@ class HeteroReader:
         """One observation.
 
         Raises:
-            ConfigError: it is not of the schema.
+            Misbehaved: it is not of the schema, or not finite.
         """
         self._check(data)
         for kind in (*data.node_types, *data.edge_types):
             if kind not in self._features and kind not in self._given:
-                raise ConfigError(
-                    f"{self._origin}: an observation has {kind!r}, which the first one had not; give every type from "
+                raise Misbehaved(
+                    f"an observation has {kind!r}, which the first one had not; give every type from "
                     "the start, without nodes or edges where there are none"
                 )
         x = {node: self._nodes(data, node, width) for node, width in self._features.items()}
@@ -192,8 +176,8 @@ class HeteroReader:
         from torch_geometric.data import HeteroData  # takes seconds to import, and only this needs it
 
         if not isinstance(data, HeteroData):
-            raise ConfigError(
-                f"{self._origin}: its observations are {type(data).__name__}; they must be "
+            raise Misbehaved(
+                f"its observations are {type(data).__name__}; they must be "
                 "torch_geometric.data.HeteroData (for flat observations: env=gym)"
             )
 
@@ -210,15 +194,16 @@ class HeteroReader:
         name = "__".join(relation)
         if relation not in data.edge_types:
             return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0, width or 1)
-        index = data[relation].edge_index.long()
+        given = data[relation].get("edge_index")
+        if given is None:
+            raise Misbehaved(f"{name} has no edge_index; give one of shape [2, edges]")
+        index = _tensor(given, f"{name}.edge_index").long()
         if index.dim() != 2 or len(index) != 2:
-            raise ConfigError(
-                f"{self._origin}: {name}.edge_index has shape {tuple(index.shape)}; it must be [2, edges]"
-            )
+            raise Misbehaved(f"{name}.edge_index has shape {tuple(index.shape)}; it must be [2, edges]")
         for end, nodes in zip(index, (relation[0], relation[2]), strict=True):
             if len(end) and not 0 <= int(end.min()) <= int(end.max()) < len(x[nodes]):
-                raise ConfigError(
-                    f"{self._origin}: {name}.edge_index names a node from {int(end.min())} to {int(end.max())} where "
+                raise Misbehaved(
+                    f"{name}.edge_index names a node from {int(end.min())} to {int(end.max())} where "
                     f"there are {len(x[nodes])} of type {nodes}; number them from 0"
                 )
         count = index.shape[1]
@@ -227,22 +212,32 @@ class HeteroReader:
         return index[0], index[1], self._table(data[relation].get("edge_attr"), f"{name}.edge_attr", width, count)
 
     def _table(self, value: Any, name: str, width: int, count: int | None = None) -> Tensor:
-        rows = None if value is None else torch.as_tensor(value).float()
+        rows = None if value is None else _tensor(value, name).float()
         if rows is not None and rows.dim() == 1:
             rows = rows[:, None]
         if rows is None or rows.dim() != 2 or rows.shape[1] != width or (count is not None and len(rows) != count):
             shape = None if rows is None else tuple(rows.shape)
             wanted = f"[{'n' if count is None else count}, {width}]"
-            raise ConfigError(f"{self._origin}: {name} has shape {shape}; it must be {wanted}, as at first")
+            raise Misbehaved(f"{name} has shape {shape}; it must be {wanted}, as at first")
+        if not rows.isfinite().all():
+            at = (~rows.isfinite()).nonzero()[0].tolist()
+            raise Misbehaved(f"{name} is {float(rows[tuple(at)])} at {at}; it must be finite in float32")
         return rows
 
 
-def _width(store: Any, key: str) -> int | None:
+def _tensor(value: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise Misbehaved(f"{name} is {short(value)}; it must be a tensor of numbers") from error
+
+
+def _width(store: Any, key: str, kind: tuple[str, ...]) -> int | None:
     """Columns of a table of the first observation; None where there is none."""
     value = store.get(key)
     if value is None:
         return None
-    table = torch.as_tensor(value)
+    table = _tensor(value, f"{'__'.join(kind)}.{key}")
     return 1 if table.dim() == 1 else table.shape[-1]
 
 

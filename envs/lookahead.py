@@ -83,7 +83,7 @@ def finish(
 
     All hosts must be at the same epoch; a controller must have begun, and be at that epoch. A meter that has run from
     the start of the episode makes outcomes of hosts that are scored by area absolute; else only their differences mean
-    anything.
+    anything. Hosts that have diverged are worth 0 points, less what they keep.
     """
     everyone = torch.arange(population.hosts)
     layout = ActionLayout(population.slots, len(population.catalogue))
@@ -96,11 +96,13 @@ def finish(
         meter.train_epoch(evaluate=controller is not None)
         if config.epochs - _AVERAGED <= epoch < config.epochs - 1:
             accuracies.append(population.accuracy(everyone, "validation").cpu())
+    diverged = population.diverged()  # before the seeds are gone that it may be due to
     population.remove_unfinished(torch.ones(population.hosts, dtype=torch.bool))
     accuracies.append(population.accuracy(everyone, "validation").cpu())
     growth = population.seed_parameters(is_kept(population.lifecycle.stage)) / population.host_parameters()
-    value = torch.where(meter.priced, meter.area[0], torch.stack(accuracies).mean(0))
+    value = torch.where(meter.priced, meter.area[0], torch.stack(accuracies).mean(0)).masked_fill(diverged, 0.0)
     test = torch.where(meter.priced, meter.area[1], population.accuracy(everyone, "test").cpu())
+    test = test.masked_fill(diverged, 0.0)
     return Outcome(100 * value - RENT * growth, 100 * test - RENT * growth, growth)
 
 

@@ -43,8 +43,13 @@ def load_reference(name: str) -> Reference:
 
 
 def gain(loss: Tensor, twin_loss: Tensor, reference: Reference) -> Tensor:
-    """Improvement over the twin in units of the reference gap, clipped; [N]. A loss that is not finite is the worst."""
-    return ((twin_loss - loss) / reference.gap).nan_to_num(nan=LOWEST).clamp(LOWEST, HIGHEST)
+    """Improvement over the twin in units of the reference gap, clipped; [N].
+
+    A loss that is not finite is the worst; any other is the best where the twin's is not.
+    """
+    improvement = ((twin_loss - loss) / reference.gap).clamp(LOWEST, HIGHEST)
+    improvement = torch.where(twin_loss.isfinite(), improvement, HIGHEST)
+    return torch.where(loss.isfinite(), improvement, LOWEST)
 
 
 def rent(kept: Tensor, host: Tensor, most: Tensor) -> Tensor:

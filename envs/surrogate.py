@@ -131,6 +131,10 @@ class SurrogatePopulation(Population):
         changed = unfinished.any(1).nonzero().squeeze(1)
         statistics.revise_validation(changed, self.validation_loss[changed], self.moved(self.lifecycle.stage))
 
+    def diverged(self) -> Tensor:
+        """bool [N] on the CPU: a loss, or what the next one is drawn from, is not finite."""
+        return ~(self._losses_finite() & self.memory.isfinite().all(1)).cpu()
+
     def _contributions(self, where: Tensor) -> Tensor:
         """[N, slots], of the seeds in `where` (bool [N, slots]) as far as they are known, else 0."""
         return self.statistics.contribution * (self.statistics.contribution_known & self.moved(where))
@@ -234,8 +238,10 @@ class SurrogatePopulation(Population):
 
     @torch.no_grad()
     def accuracy(self, where: Tensor, split: str) -> Tensor:
-        """Accuracy of the hosts `where` (int64 [m]) on the split "validation" or "test", in [0, 1]: float32 [m]."""
+        """Accuracy of the hosts `where` (int64 [m]) on the split "validation" or "test", in [0, 1]: float32 [m]; 0 of
+        those that have diverged."""
         at = where.to(self.device)
         loss, train_loss = self.validation_loss[at].log(), self.memory[at, 2]
         inputs = accuracy_inputs(self.context.rows(where), loss.cpu(), train_loss.cpu())
-        return self.moved(sigmoid((inputs * self.model.accuracy[_SPLITS.index(split)].cpu()).sum(1)))
+        known = sigmoid((inputs * self.model.accuracy[_SPLITS.index(split)].cpu()).sum(1))
+        return self.moved(known.masked_fill(self.diverged()[where.cpu()], 0.0))

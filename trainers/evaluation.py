@@ -31,6 +31,7 @@ _ACCOUNTS = (
     "fossilized",
     "culled",
     "waited",
+    "diverged",
     "params_ratio",
     "flops_ratio",
     "test_accuracy",
@@ -69,10 +70,13 @@ def play(
         controller.begin(count)
         for _ in range(config.epochs):
             graph, _, _, _, info = env.step(controller.act(graph))
+            if info:  # an episode also ends where its host diverges
+                collected.append({**info["episodes"], "instance": first + info["episodes"]["env"]})
             done += count
             on_epoch(done)
-        collected.append(info["episodes"])
-    return {name: torch.cat([part[name] for part in collected]).cpu().numpy() for name in collected[0]}
+    played = {name: torch.cat([part[name] for part in collected]).cpu().numpy() for name in collected[0]}
+    order = played["instance"].argsort()
+    return {name: values[order] for name, values in played.items()}
 
 
 def iqm(x: np.ndarray, axis: int = -1) -> np.ndarray:

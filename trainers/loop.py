@@ -38,6 +38,7 @@ _EPISODE_SCALARS = {
     "growth/germinated": "germinated",
     "growth/fossilized": "fossilized",
     "growth/culled": "culled",
+    "growth/diverged": "diverged",
     "growth/params_ratio": "params_ratio",
 }
 

@@ -59,6 +59,7 @@ def play(
                     values[first + ended["env"].numpy()] = ended[name].numpy()
                 done += len(ended["env"])
                 on_episode(done)
+        env.close()
     return found
 
 

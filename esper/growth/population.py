@@ -199,6 +199,24 @@ class Population(PopulationState):
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
+    def diverged(self) -> Tensor:
+        """bool [N] on the CPU: a loss or a parameter is not finite, those of its seeds included that it runs on.
+
+        A seed in TRAINING does not reach its host, and may still be culled.
+        """
+        fine = self.theta.isfinite().all(1) & self._losses_finite()
+        kinds = self.lifecycle.blueprint.masked_fill(self.lifecycle.alpha == 0, -1)
+        for kind, theta in enumerate(self.seed_theta):
+            hosts, slots = (kinds == kind).nonzero(as_tuple=True)
+            if len(hosts):
+                hosts, slots = self.moved(hosts), self.moved(slots)
+                fine[hosts[~theta[hosts, slots].isfinite().all(1)]] = False
+        return ~fine.cpu()
+
+    def _losses_finite(self) -> Tensor:
+        """bool [N], of the last epoch; the training loss is known where hosts are measured only."""
+        return self.validation_loss.isfinite() & self.statistics.train_loss.isfinite()
+
     @torch.no_grad()
     def _evaluate(self, where: Tensor) -> None:
         """Validation loss of the hosts `where`, and if measured their activations and contributions.
@@ -234,7 +252,7 @@ class Population(PopulationState):
     @torch.no_grad()
     def accuracy(self, where: Tensor, split: str) -> Tensor:
         """Accuracy of the hosts `where` (int64 [m]) on the split "validation" or "test", in [0, 1]: float32 [m].
-        For reports only: it never enters an observation or a reward."""
+        What has NaN among its logits is wrong. For reports only: it never enters an observation or a reward."""
         x, y = getattr(self.data, f"{split}_x"), getattr(self.data, f"{split}_y")
         alpha = self.lifecycle.alpha[where]
         if self.native:
@@ -242,7 +260,8 @@ class Population(PopulationState):
             assert logits is not None
         else:
             logits, _ = self._logits(where, alpha, x)
-        return (logits.argmax(-1) == y.flatten()).float().mean(1)
+        right = (logits.argmax(-1) == y.flatten()) & ~logits.isnan().any(-1)
+        return right.float().mean(1)
 
     @torch.no_grad()
     def _validate(

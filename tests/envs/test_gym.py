@@ -169,31 +169,9 @@ def test_bad_masks(legal, message):
 def test_no_action_may_be_legal_at_the_end():
     env = made(1, autoreset=False, last=1)
     env.reset(act(0))
-    env.environments[0].unwrapped.legal = [0, 0, 0]
+    env.workers[0].environment.unwrapped.legal = [0, 0, 0]
     graph, *_ = env.step(act(0))
     assert graph.action_mask.any()
-
-
-def test_a_resumed_run_goes_on_with_the_next_episode(caplog):
-    def state_after(steps: int):
-        env = made(2, normalize=True)
-        env.reset(act(3, 4))
-        for _ in range(steps):
-            env.step(act(0, 0))
-        return env
-
-    env = state_after(4)  # in the second episode of each
-    other = made(2, normalize=True)
-    with caplog.at_level("INFO"):
-        graph = other.load_state_dict(env.state_dict())
-    assert "they start new episodes" in caplog.text
-    assert other._episodes.tolist() == [3, 3]
-    straight = made(2)
-    straight.reset(act(3, 4))
-    expected = [straight.step(act(0, 0))[0] for _ in range(6)][-1]  # where the third episode begins
-    assert [row.tolist() for row in other._observations] == seen(expected)
-    assert not torch.equal(graph.x[NODE], expected.x[NODE])  # normalised
-    assert other._normalizer._count == env._normalizer._count + 2
 
 
 def test_observations_are_normalised_in_training_and_frozen_in_evaluation():

@@ -22,7 +22,7 @@ SHORT = {
 }
 SURROGATE = {**SHORT, "training": {}}  # it knows one way of training only
 SEGMENT = "envs:esper/Segment-v0"
-ACCOUNTS = {"gain", "germinated", "fossilized", "culled", "params_ratio", "flops_ratio"}
+ACCOUNTS = {"gain", "germinated", "fossilized", "culled", "params_ratio", "flops_ratio", "diverged"}
 
 
 def make(**kwargs):

@@ -11,12 +11,14 @@ from torch_geometric.data import HeteroData
 
 from envs.adapter_config import HeteroConfig
 from envs.hetero import HeteroEnv, HeteroReader
+from envs.worker import Misbehaved
 from esper.graph import GraphBatch
-from esper.runtime.errors import ConfigError
+from esper.runtime.errors import ConfigError, TrainingError
 from esper.tamiyo.policies import make_policy
 from esper.tamiyo.policy import PolicyConfig
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+NAN, INF = float("nan"), float("inf")
 FITS, BACK = ("job", "fits", "machine"), ("machine", "rev_fits", "job")
 
 
@@ -106,7 +108,7 @@ def test_what_is_missing_gets_a_constant():
     seen = data(attr=False)
     del seen["machine"].x
     seen["machine"].num_nodes = 2
-    reader = HeteroReader(seen, False, "here")
+    reader = HeteroReader(seen, False)
     assert reader.schema.nodes["machine"] == ("presence",)
     # no relation ends in a job, so jobs are joined with themselves
     assert reader.schema.relations == {FITS: ("presence",), ("job", "itself", "job"): ("presence",)}
@@ -119,7 +121,7 @@ def test_what_is_missing_gets_a_constant():
 def test_a_relation_that_is_given_both_ways_is_not_reversed():
     seen = data()
     seen[BACK].edge_index = torch.tensor([[1], [0]])
-    reader = HeteroReader(seen, True, "here")
+    reader = HeteroReader(seen, True)
     assert set(reader.schema.relations) == {FITS, BACK, ("job", "rev_rev_fits", "machine")}
     assert reader(seen).edges[BACK][0].tolist() == [1]
 
@@ -168,11 +170,17 @@ def test_room_is_part_of_the_state():
     assert other.load_state_dict(env.state_dict()).x["job"].shape[1] == 8
 
 
+def test_a_first_observation_that_is_not_finite():
+    plan["shown"] = [changed(x=torch.full((3, 2), NAN))]
+    with pytest.raises(ConfigError, match=r"env.target=plans:make_plan: job.x is nan at \[0, 0\]"):
+        made(node="job")
+
+
 def test_environments_of_different_sizes_side_by_side():
     small, large = data(1, 1, ((0, 0),)), data(5, 3, ((4, 2), (1, 0)))
     env = made(2, node="job")
-    for each, seen in zip(env.environments, (small, large), strict=True):
-        each.shown = [seen]
+    for worker, seen in zip(env.workers, (small, large), strict=True):
+        worker.environment.shown = [seen]
     graph = env.reset()
     assert graph.node_mask["job"].sum(1).tolist() == [1, 5]
     assert (listed(graph[0], FITS), listed(graph[1], FITS)) == ([(0, 0, 0.0)], [(1, 0, 1.0), (4, 2, 6.0)])
@@ -182,7 +190,7 @@ def test_environments_of_different_sizes_side_by_side():
     logits, values = policy(graph)
     for k in range(2):
         alone = made(1, node="job")
-        alone.environments[0].shown = [(small, large)[k]]
+        alone.workers[0].environment.shown = [(small, large)[k]]
         own, value = policy(alone.reset())
         n = (1, 5)[k]
         torch.testing.assert_close(own[0, :n], logits[k, :n], rtol=1e-5, atol=1e-6)
@@ -199,7 +207,7 @@ def test_the_action_is_the_index_of_a_node_and_masked():
     graph, *_ = env.step(torch.tensor([2]))
     assert graph.action_mask[0].tolist() == [True, False, False, False]
     env.step(torch.tensor([0]))
-    assert env.environments[0].taken == [2, 0]
+    assert env.workers[0].environment.taken == [2, 0]
 
 
 def test_discrete_actions_of_the_graph():
@@ -208,7 +216,7 @@ def test_discrete_actions_of_the_graph():
     env = made()
     assert env.reset().action_mask.tolist() == [[True, True, True]]
     graph, *_ = env.step(torch.tensor([2]))
-    assert env.environments[0].taken == [1]
+    assert env.workers[0].environment.taken == [1]
     assert graph.action_mask.shape == (1, 3)
 
 
@@ -221,7 +229,10 @@ def test_discrete_actions_of_the_graph():
         ({"target": "plans:broken"}, r"calling broken failed: RuntimeError: no licence \(test_hetero.py:\d+\)"),
         ({"target": "plans:make_plan", "kwargs": {"a": 1}}, "calling make_plan failed: TypeError"),
         ({"target": "plans:Flat"}, "its observations are ndarray; they must be torch_geometric.data.HeteroData"),
-        ({"target": "plans:Failing"}, "reset.seed=0. failed: KeyError: 'lost'"),
+        (
+            {"target": "plans:Failing"},
+            r"target=plans:Failing: reset\(seed=0\) raised KeyError: 'lost' \(test_hetero.py:\d+\); mend it",
+        ),
         ({"target": "plans"}, "env.target=plans: must be of the form package.module:factory"),
         ({"node": "robot"}, "env.action_node=robot: .*no such node type; choose one of job, machine"),
         ({"num_envs_": 0}, "env.num_envs=0: must be above 0"),
@@ -265,6 +276,11 @@ def changed(**parts) -> HeteroData:
         (changed(edge_index=torch.tensor([[-1], [0]]), edge_attr=torch.zeros(1)), "names a node from -1 to -1 where"),
         (changed(edge_attr=torch.zeros(1, 1)), r"edge_attr has shape \(1, 1\); it must be \[2, 1\]"),
         (changed(edge_index=torch.zeros(3, 1)), r"edge_index has shape \(3, 1\)"),
+        (changed(edge_index=None), "job__fits__machine has no edge_index"),
+        (changed(edge_index="none"), "edge_index is 'none'; it must be a tensor"),
+        (changed(x=torch.tensor([[0, 1], [2, NAN], [0, 0]])), r"job.x is nan at \[1, 1\]; it must be finite"),
+        (changed(edge_attr=torch.tensor([0.0, -INF])), r"edge_attr is -inf at \[1, 0\]; it must be finite"),
+        (changed(x=torch.full((3, 2), 1e300, dtype=torch.float64)), r"job.x is inf at \[0, 0\]"),
         (np.zeros(3), "its observations are ndarray"),
     ],
 )
@@ -272,8 +288,12 @@ def test_observations_that_do_not_fit_the_first_one(second, message):
     plan["shown"] = [data(), second, data()]
     env = made(node="job")
     env.reset()
-    with pytest.raises(ConfigError, match=message):
+    seed = env._seed(0)
+    where = f"env.target=plans:make_plan: environment 0, in step 1 of the episode of seed {seed}: "
+    with pytest.raises(TrainingError, match=message) as raised:
         env.step(torch.tensor([0]))
+    assert str(raised.value).startswith(where)
+    assert len(str(raised.value).splitlines()) == 1
 
 
 def test_types_may_be_missing_later():
@@ -291,9 +311,9 @@ def test_types_may_be_missing_later():
 def test_names_that_cannot_be_used(name):
     seen = data()
     seen[name].x = torch.zeros(1, 1)
-    with pytest.raises(ConfigError, match=f"is called '{name}'; choose another name"):
-        HeteroReader(seen, True, "here")
-    assert HeteroReader(changed(), True, "here")
+    with pytest.raises(Misbehaved, match=f"is called '{name}'; choose another name"):
+        HeteroReader(seen, True)
+    assert HeteroReader(changed(), True)
 
 
 def test_the_documented_example(monkeypatch):

@@ -35,7 +35,8 @@ FLOPS = (16, 16, 32, 64, 16)
         (2.0, 1.0, -1.0),  # -2
         (NAN, 1.0, -1.0),
         (INF, 1.0, -1.0),
-        (1.0, NAN, -1.0),
+        (1.0, NAN, 1.5),
+        (1.0, INF, 1.5),
         (NAN, NAN, -1.0),
         (INF, INF, -1.0),
     ],
@@ -192,7 +193,8 @@ def test_unfinished_seeds_are_removed_and_pay_for_flops_only(play, blend):
 def test_a_diverged_host_earns_the_least(play):
     env = play.env(2, contexts="plain", autoreset=False)
     env.population.theta[0] = NAN
-    assert play.script(env)[-1][1].tolist() == [-1.0, 0.0]
+    out = play.script(env)
+    assert [reward.tolist() for _, reward, _, _ in out] == [[-1.0, 0.0]] + [[0.0, 0.0]] * 5
 
 
 # ---- hosts that are scored by their compute -----------------------------------------------------------------------

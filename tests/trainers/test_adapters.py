@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import gymnasium
@@ -16,6 +19,7 @@ import esper
 from envs.adapter_config import GymConfig
 from envs.making import make_envs
 from esper.runtime import checkpoint
+from esper.runtime.telemetry import Telemetry
 from esper.simic.config import PPOConfig
 from trainers import config, returns
 from trainers.config import RuntimeConfig, TrainConfig
@@ -106,22 +110,85 @@ def test_same_seed_same_numbers(run_train):
     assert report(runs[0])["controllers"] == report(runs[1])["controllers"]
 
 
-@pytest.mark.parametrize("overrides", [[*CARTPOLE, "env.normalize=true"], SCHEDULING])
-def test_a_resumed_run_goes_on(run_train, overrides):
-    first = run_train(*overrides, "ppo.total_steps=64", "evaluation.episodes=0", tiny=False)
-    run = first.run_dir
-    before = newest(run)
-    result = run_train(f"resume={run}", "ppo.total_steps=128", tiny=False)
+def stop_at(step: int, monkeypatch) -> None:
+    """The process gets a signal while it logs that step."""
+    log = Telemetry.log
+
+    def logging(self, at, scalars):
+        log(self, at, scalars)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Telemetry, "log", logging)
+
+
+def different(a, b, path: str = "") -> list[str]:
+    """Where two states differ."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [each for key in a for each in different(a[key], b[key], f"{path}.{key}")]
+    if isinstance(a, list | tuple) and type(a) is type(b) and len(a) == len(b):
+        return [each for i, (x, y) in enumerate(zip(a, b, strict=True)) for each in different(x, y, f"{path}[{i}]")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.dtype == b.dtype and torch.equal(a, b)
+    else:
+        same = type(a) is type(b) and a == b
+    return [] if same else [path]
+
+
+def untimed(run: Path) -> list[dict]:
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time", "perf/", "tamiyo.gnn."))} for line in lines(run)
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[*CARTPOLE, "env.normalize=true"], SCHEDULING, [*CARTPOLE, "env.subprocess=true"]],
+    ids=["gym", "hetero", "subprocess"],
+)
+def test_a_resumed_run_is_the_run_that_was_never_stopped(run_train, monkeypatch, overrides):
+    whole = run_train(*overrides, "evaluation.episodes=0", tiny=False)
+    assert whole.code == 0, whole.err
+    with monkeypatch.context() as patch:
+        stop_at(64, patch)
+        stopped = run_train(*overrides, "evaluation.episodes=0", tiny=False)
+    run = stopped.run_dir
+    assert (stopped.code, newest(run)["step"]) == (75, 64)
+    result = run_train(f"resume={run}", tiny=False)
     assert result.code == 0, result.err
-    assert "resuming at step 64 of 128" in result.out
-    assert "cannot be saved; they start new episodes" in result.out
-    after = newest(run)
-    assert [line["step"] for line in lines(run)] == [32, 64, 96, 128]
-    assert (after["env"]["episodes"] > before["env"]["episodes"]).all()
-    if "env.normalize=true" in overrides:
-        # every observation was learned from, those of the new episodes' starts included
-        learned = after["env"]["learned"]["count"] - before["env"]["learned"]["count"]
-        assert learned == 64 + int((after["env"]["episodes"] - before["env"]["episodes"]).sum())
+    assert "resuming at step 64 of 96" in result.out
+    assert "start new episodes" not in result.out + result.err
+    assert different(newest(whole.run_dir), newest(run)) == []
+    assert untimed(whole.run_dir) == untimed(run)
+    assert (newest(run)["env"]["episodes"] > 1).any()
+
+
+class Born(Line):
+    """Shows when it was made."""
+
+    def __init__(self):
+        self.born = time.time_ns() % 1000 / 100
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.full(1, self.born, dtype=np.float32), {}
+
+
+gymnasium.register("test/Born-v0", Born)
+
+
+def test_a_run_on_an_environment_that_is_not_deterministic_says_so(run_train, monkeypatch):
+    overrides = ["env=gym", "env.id=test/Born-v0", *SMALL, "evaluation.episodes=0"]
+    with monkeypatch.context() as patch:
+        stop_at(32, patch)
+        stopped = run_train(*overrides, tiny=False)
+    before = newest(stopped.run_dir)["env"]["episodes"]
+    result = run_train(f"resume={stopped.run_dir}", tiny=False)
+    assert result.code == 0, result.err
+    said = [line for line in (result.out + result.err).splitlines() if "start new episodes" in line]
+    assert len(said) == 1
+    assert "env.id=test/Born-v0: 2 of its 2 environments did not come to where they were" in said[0]
+    assert (newest(stopped.run_dir)["env"]["episodes"] > before).all()
 
 
 def test_what_a_resumed_run_may_not_change(run_train):

@@ -2,8 +2,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from envs.config import load_config
+from envs.growth_env import GrowthEnv
+from envs.reward import LOWEST
+from esper.growth.population import Population
 from esper.runtime.errors import ConfigError
 from esper.tamiyo import baselines
 from esper.tamiyo.baselines import BaselinesConfig
@@ -125,3 +129,26 @@ def test_instances_of_a_batch_do_not_depend_on_its_size(monkeypatch):
     apart = evaluation.play(controller, config, 5, 0, "cpu", lambda done: None)
     for name in set(together) - {"env"}:
         assert np.array_equal(together[name], apart[name]), name
+
+
+def test_an_episode_that_ends_early_keeps_its_place(monkeypatch):
+    config = load_config("segment", epochs=4)
+    controller = baselines.make("never", BaselinesConfig(), config.instances, list(config.blueprints), 0)
+    whole = evaluation.play(controller, config, 5, 0, "cpu", lambda done: None)
+    honest = Population.diverged
+
+    def diverged(self):
+        return honest(self) | ((self.context.train_size == size) & (self.epoch == 2))
+
+    env = GrowthEnv(config, 5, split="heldout", autoreset=False)
+    env.reset(torch.arange(5))
+    sizes = env.population.context.train_size.tolist()
+    size = next(size for size in sizes[:-1] if sizes.count(size) == 1)
+    monkeypatch.setattr(Population, "diverged", diverged)
+    played = evaluation.play(controller, config, 5, 0, "cpu", lambda done: None)
+    ended = np.arange(5) == sizes.index(size)
+    assert played["diverged"].tolist() == ended.tolist()
+    assert played["length"].tolist() == np.where(ended, 2, 4).tolist()
+    assert played["return"][ended] == LOWEST
+    for name in set(whole) - {"diverged"}:
+        assert np.array_equal(played[name][~ended], whole[name][~ended]), name

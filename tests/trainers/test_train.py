@@ -38,8 +38,11 @@ CONTRACT = {
         )
     ),
     "time/fps",
-    *(f"perf/{name}" for name in ("collect_s", "update_s", "graph_build_ms", "graphs_per_s", "recompiles")),
-    *(f"growth/{name}" for name in ("germinated", "fossilized", "culled", "params_ratio")),
+    *(
+        f"perf/{name}"
+        for name in ("collect_s", "update_s", "checkpoint_s", "graph_build_ms", "graphs_per_s", "recompiles")
+    ),
+    *(f"growth/{name}" for name in ("germinated", "fossilized", "culled", "diverged", "params_ratio")),
     *(
         f"tamiyo.gnn.{name}"
         for name in ("compile_enabled", "compile_fallback_total", "compile_warm_ms", "inference.latency_ms")
