@@ -5,6 +5,7 @@ The Gymnasium faces of it are in `envs.gym_env`.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
 from typing import Any
@@ -143,15 +144,28 @@ class GrowthEnv:
         """
         if actions.shape != (self.num_envs,):
             raise ValueError(f"actions of shape {tuple(actions.shape)} for {self.num_envs} environments")
-        running = self._running.clone()
-        if not running.any():
-            over = torch.zeros_like(running)
+        if not self.running:
+            over = torch.zeros_like(self._running)
             return self._observe(), torch.zeros(self.num_envs), over, over.clone(), {}
+        terminated, reward, score, diverged = self._advance(actions)
+        graph, info = self._observe(), {}
+        if terminated.any():
+            ended = terminated.nonzero().squeeze(1)
+            info = {"final_graph": graph, "episodes": self._summary(ended, score, diverged)}
+            if self.autoreset:
+                self._begin(ended)
+                graph = self._observe()
+        return graph, reward, terminated, torch.zeros_like(terminated), info
+
+    def _advance(self, actions: Tensor, evaluate: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One epoch after the actions [N]: which episodes it has ended, rewards, scores and which hosts have diverged,
+        all [N]; without `evaluate`, which the last epoch needs, only the hosts move on."""
+        running = self._running.clone()
         # Hosts whose episode is over are trained along, for nothing: they are part of the batch.
         verbs = self.layout.execute(self.population, torch.where(running, actions.cpu(), WAIT))
         self._counts += torch.nn.functional.one_hot(verbs, len(Verb)) * running[:, None]
         cost = self._epoch_cost()
-        self.population.train_epoch()
+        self.population.train_epoch(evaluate)
         self._meter(cost)
         diverged = self.population.diverged()
         terminated = running & (diverged | (self.population.epoch >= self.config.epochs))
@@ -165,14 +179,32 @@ class GrowthEnv:
         self._potential = potential
         self._returns += reward
         self._running = running & ~terminated
-        graph, info = self._observe(), {}
-        if terminated.any():
-            ended = terminated.nonzero().squeeze(1)
-            info = {"final_graph": graph, "episodes": self._summary(ended, score, diverged)}
-            if self.autoreset:
-                self._begin(ended)
-                graph = self._observe()
-        return graph, reward, terminated, torch.zeros_like(terminated), info
+        return terminated, reward, score, diverged
+
+    # ---- forks ------------------------------------------------------------------------------------------------------
+
+    def fork(self, rows: Tensor, future: bool = False) -> GrowthEnv:
+        """Copies of the episodes `rows` (int64 [m], repeats allowed) that go on by themselves, to see what an action
+        leads to; they cannot be observed.
+
+        Args:
+            future: keep the strikes and shifts that are still to come; otherwise they are taken out, so that what the
+                fork tells is causal.
+        """
+        forked = copy.copy(self)
+        forked.num_envs, forked.autoreset = len(rows), False
+        forked.population = self.population.fork(rows, future)
+        for name in (*self._STATE, "_running"):
+            setattr(forked, name, getattr(self, name)[rows].clone())
+        return forked
+
+    def played_out(self, actions: Tensor) -> Tensor:
+        """[N], the returns of the episodes if `actions` are done now and nothing after them."""
+        while self.running:
+            last = bool((self.population.epoch + 1 >= self.config.epochs).any())
+            self._advance(actions, evaluate=last or bool(self.population.context.priced.any()))
+            actions = torch.zeros_like(actions)
+        return self._returns
 
     def _epoch_cost(self) -> tuple[Tensor, Tensor]:
         """[N] each, compute of the coming epoch of the hosts and of their twins, in ungrown episodes."""

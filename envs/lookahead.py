@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from envs.config import EnvConfig
-from envs.growth_env import draw_context
+from envs.growth_env import GrowthEnv, draw_context
+from esper.graph import GraphBatch
 from esper.growth.actions import WAIT, ActionLayout, Verb
 from esper.growth.conditions import NEVER
 from esper.growth.context import Context
@@ -182,3 +183,35 @@ def best(rows: Tensor, actions: Tensor, values: Tensor, hosts: int, margin: floa
     table[rows, actions] = values
     top, action = table.max(1)
     return torch.where(top > table[:, WAIT] + margin, action, WAIT)
+
+
+class LookAhead:
+    """The greedy look-ahead behind the interface of the baselines, in the environment's own returns: it germinates what
+    gains most over waiting if nothing more is done.
+
+    Args:
+        margin: return that a germination must gain.
+        future: forks keep the host's own future: the clairvoyant oracle.
+        first: the first epoch it may act in.
+        every: epochs between two decisions.
+    """
+
+    def __init__(self, margin: float = 0.0, future: bool = False, first: int = 3, every: int = 3):
+        self.margin, self.future, self.first, self.every = margin, future, first, every
+
+    def watch(self, env: GrowthEnv) -> None:
+        """Tells it whose hosts it is to fork."""
+        self._env = env
+
+    def begin(self, hosts: int) -> None:
+        self._epoch = 0
+
+    def act(self, graph: GraphBatch) -> Tensor:
+        env, epoch = self._env, self._epoch
+        self._epoch += 1
+        if epoch < self.first or (epoch - self.first) % self.every or not env.running:
+            return torch.full((len(graph),), WAIT)
+        rows, actions = germinations(env.population)
+        parts = zip(rows.split(_BATCH), actions.split(_BATCH), strict=True)
+        returns = torch.cat([env.fork(part, self.future).played_out(chosen) for part, chosen in parts])
+        return best(rows, actions, returns, len(graph), self.margin)

@@ -14,6 +14,7 @@ from scipy import stats
 
 from envs.config import EnvConfig
 from envs.growth_env import GrowthEnv
+from envs.lookahead import LookAhead
 from esper.graph import GraphBatch
 from esper.tamiyo import baselines
 from esper.tamiyo.actor import Actor
@@ -67,6 +68,8 @@ def play(
         env = GrowthEnv(config, count, split="heldout", autoreset=False, device=device)
         # Instance i of seed s is the same whatever the number of episodes and the batch.
         graph = env.reset(seed * 1_000_003 + torch.arange(first, first + count))
+        if isinstance(controller, LookAhead):
+            controller.watch(env)
         controller.begin(count)
         for _ in range(config.epochs):
             graph, _, _, _, info = env.step(controller.act(graph))

@@ -7,8 +7,8 @@ import torch
 
 from envs import lookahead
 from envs.contexts import KINDS
-from envs.growth_env import draw_context, population_spec
-from envs.lookahead import Meter, best, finalists, finish, germinations, redrawn, tried
+from envs.growth_env import GrowthEnv, draw_context, population_spec
+from envs.lookahead import LookAhead, Meter, best, finalists, finish, germinations, redrawn, tried
 from esper.growth.actions import WAIT, ActionLayout, Verb
 from esper.growth.conditions import DECOYS, DEFECTS, NEVER, STRIKES, Condition
 from esper.growth.context import Context
@@ -465,3 +465,61 @@ def test_finalists_by_hand():
 def test_waiting_is_a_finalist_without_taking_a_place():
     rows, actions, values = torch.zeros(4, dtype=torch.int64), torch.arange(4), torch.tensor([9.0, 1.0, 3.0, 2.0])
     assert set(finalists(rows, actions, values, 2)[1].tolist()) == {0, 2, 3}
+
+
+# ---- in returns ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def env(play):
+    """An environment of four hosts of any kind of context, three epochs into their episodes."""
+
+    def make(kind="mixture", hosts=4):
+        config = play.config(contexts=kind, epochs=8, blueprints=SEEDS)
+        made = GrowthEnv(config, hosts, autoreset=False)
+        graph = made.reset(torch.arange(hosts))
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            graph = made.step(torch.multinomial(graph.action_mask.float(), 1, generator=generator).squeeze(1))[0]
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mixture"])
+def test_a_fork_with_the_own_future_returns_what_the_environment_does(env, kind):
+    made = env(kind)
+    rows, actions = germinations(made.population)
+    picked = torch.tensor([int((rows == row).nonzero()[-1]) for row in range(4)])
+    before = made.state_dict()
+    foreseen = made.fork(rows, future=True).played_out(actions)[picked]
+    assert all(map(torch.equal, leaves(made.state_dict()), leaves(before)))
+    made.step(actions[picked])
+    while made.running:
+        _, _, _, _, info = made.step(torch.zeros(4, dtype=torch.int64))
+    assert torch.equal(info["episodes"]["return"], foreseen)
+
+
+def test_a_fork_without_the_future_does_not_see_strikes(env):
+    made = env("sequential", 16)
+    waiting = torch.zeros(16, dtype=torch.int64)
+    causal, own = (made.fork(torch.arange(16), future).played_out(waiting) for future in (False, True))
+    coming = (made.population.context.strike_epoch >= 3).logical_and(made.population.context.strike_epoch < 8).any(1)
+    assert 0 < coming.sum() < 16
+    assert torch.equal(causal[~coming], own[~coming])
+    assert (causal[coming] != own[coming]).any()
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.05, 10.0])
+def test_the_look_ahead_does_what_returns_most(env, margin):
+    made = env("repair", 3)
+    controller = LookAhead(margin, future=True, first=0, every=1)
+    controller.watch(made)
+    controller.begin(3)
+    rows, actions = germinations(made.population)
+    returns = made.fork(rows, future=True).played_out(actions)
+    for row, action in enumerate(controller.act(made._observe()).tolist()):
+        mine = rows == row
+        waited = returns[mine & (actions == WAIT)].item()
+        top = returns[mine].max().item()
+        assert action == (actions[mine][returns[mine].argmax()] if top > waited + margin else WAIT)
