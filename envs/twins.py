@@ -40,7 +40,9 @@ class Twins:
         self._kind = kind
         self._spec = PopulationSpec(**{**vars(spec), "measured": False})
         self._epochs, self._device, self._capacity = epochs, device, capacity
-        self._known: OrderedDict[int, Tensor] = OrderedDict()
+        # One block of memory: a tensor for each would pin a page of the heap each, among what comes and goes.
+        self._episodes = torch.zeros(capacity, epochs + 3)
+        self._places: OrderedDict[int, int] = OrderedDict()  # key -> row, oldest first
 
     def __call__(self, context: Context) -> Tensor:
         """float32 [m, epochs + 3] on the CPU: validation losses at the start and after each epoch, then the accuracies
@@ -49,14 +51,19 @@ class Twins:
         Contexts with the same key must be equal, as those drawn for one environment are.
         """
         keys = context.key.tolist()
-        missing = [row for row, key in enumerate(keys) if key not in self._known]
+        episodes = torch.zeros(len(keys), self._epochs + 3)
+        missing = [row for row, key in enumerate(keys) if key not in self._places]
+        known = [row for row, key in enumerate(keys) if key in self._places]
+        episodes[known] = self._episodes[[self._places[keys[row]] for row in known]]
         for first in range(0, len(missing), _BATCH):
             rows = missing[first : first + _BATCH]
-            for row, episode in zip(rows, self._train(context.rows(torch.tensor(rows))), strict=True):
-                self._known[keys[row]] = episode
-        episodes = torch.stack([self._known[key] for key in keys])
-        for _ in range(max(len(self._known) - self._capacity, 0)):
-            self._known.popitem(last=False)
+            episodes[rows] = self._train(context.rows(torch.tensor(rows)))
+        for row in missing:
+            if keys[row] in self._places:  # asked for twice
+                continue
+            place = self._places.popitem(last=False)[1] if len(self._places) == self._capacity else len(self._places)
+            self._places[keys[row]] = place
+            self._episodes[place] = episodes[row]
         return episodes
 
     def _train(self, context: Context) -> Tensor:

@@ -104,6 +104,17 @@ def test_more_twins_than_can_be_remembered(made):
     assert trained == [[1, 2, 3, 4]]
 
 
+def test_a_twin_asked_for_twice_takes_one_place(made):
+    found, trained, draw = made(capacity=2)
+    first = found(draw([1, 2]))
+    found(draw([3, 3]))  # in the place of 1
+    assert torch.equal(found(draw([2, 3, 2])), torch.stack([first[1], made()[0](draw([3]))[0], first[1]]))
+    assert trained == [[1, 2], [3, 3]]
+    found(draw([4]))  # in that of 2
+    assert torch.equal(found(draw([3, 4])), made()[0](draw([3, 4])))
+    assert trained == [[1, 2], [3, 3], [4]]
+
+
 def test_environments_of_the_same_kind_share_their_twins(play, no_twins, monkeypatch):
     trained = []
     train = Twins._train
