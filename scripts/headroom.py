@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -256,15 +257,15 @@ def _work(function: Callable[..., dict[str, Tensor]], arguments: tuple, path: Pa
 class Study:
     """The chunks of one environment: computed by workers once, and read from the cache ever after."""
 
-    def __init__(self, instances: str, pool: ProcessPoolExecutor):
-        self.instances, self._pool = instances, pool
+    def __init__(self, instances: str, pool: ProcessPoolExecutor, folder: Path):
+        self.instances, self._pool, self._folder = instances, pool, folder / instances.replace("/", "-")
 
     def run(self, what: str, jobs: list[tuple[Callable[..., dict[str, Tensor]], tuple]]) -> list[dict[str, Tensor]]:
         """The results of `function(instances, *arguments)` for each job, in order."""
         paths = []
         for function, arguments in jobs:
             name = "-".join([function.__name__, *map(_plain, arguments)])
-            paths.append(CACHE / self.instances.replace("/", "-") / f"{name}.pt")
+            paths.append(self._folder / f"{name}.pt")
         missing = [(job, path) for job, path in zip(jobs, paths, strict=True) if not path.exists()]
         if missing:
             with Reporter(f"{self.instances} {what}", len(missing), "chunks") as reporter:
@@ -286,6 +287,7 @@ def stacked(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def main() -> None:
+    import headroom as shared  # as the analysis sees it, which is not __main__
     from headroom_analysis import analyse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -301,6 +303,7 @@ def main() -> None:
     parser.add_argument("--tuning", type=int, default=128, help="instances to tune knobs on (default 128)")
     parser.add_argument("--tune-margins", action="store_true", help="tune the look-aheads' margins too")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="look-aheads to play (all)")
+    parser.add_argument("--shrink", type=int, default=1, help="divides the sizes of all chunks (default 1)")
     parser.add_argument("--workers", type=int, default=2, help="processes, each of one thread (default 2)")
     arguments = parser.parse_args()
     for name in arguments.instances:
@@ -309,9 +312,12 @@ def main() -> None:
 
     given = vars(arguments)
     sizes = Sizes(**{name: given[name] for name in Sizes.__dataclass_fields__})
-    with ProcessPoolExecutor(arguments.workers) as pool:
+    for part in CHUNK:  # before the workers start, which inherit it
+        shared.CHUNK[part] = CHUNK[part] // arguments.shrink
+    folder = CACHE if arguments.shrink == 1 else CACHE.with_name(f"{CACHE.name}-{arguments.shrink}")
+    with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("fork")) as pool:
         for name in arguments.instances:
-            found = analyse(Study(name, pool), sizes)
+            found = analyse(Study(name, pool, folder), sizes)
             RESULTS.mkdir(parents=True, exist_ok=True)
             (RESULTS / f"{name.replace('/', '-')}.json").write_text(json.dumps(found, indent=1) + "\n")
             for controller, row in found["controllers"].items():
