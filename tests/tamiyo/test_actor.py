@@ -125,7 +125,7 @@ def test_illegal_actions_are_never_drawn_in_a_million_draws(
     actor, counts = Actor(policy, 0), torch.zeros(legal.shape)
     distribution, values = actor.policy.evaluate(graph.with_actions(legal))
     log_probs = distribution.log_probs.detach()
-    actor._run = lambda _: (log_probs.repeat(34_000, 1), values)  # type: ignore[method-assign]
+    actor._run = lambda _: (log_probs.repeat(34_000, 1), values.detach().repeat(34_000))  # type: ignore[method-assign]
     for _ in range(5):
         actions = actor(graph).actions.view(34_000, 6)
         counts += torch.stack([torch.bincount(column, minlength=legal.shape[1]) for column in actions.T])
