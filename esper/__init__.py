@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from esper.graph import GraphBatch as GraphBatch
     from esper.tamiyo.loading import load_policy as load_policy
-
-__version__ = metadata.version("esper")
 
 # Found on first use: torch and PyG take seconds to import, and most users of a part need only that part.
 _HOME = {"GraphBatch": "esper.graph", "load_policy": "esper.tamiyo.loading"}
@@ -21,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return getattr(import_module(_HOME[name]), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("esper")
     raise AttributeError(f"module 'esper' has no attribute {name!r}")

@@ -33,7 +33,7 @@ from trainers.progress import Reporter
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "scripts" / "results" / "torture.json"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-DAMAGED = 0.2  # share of the kills after which a file is damaged
+DAMAGED = 5  # a file is damaged after one in so many kills
 SMALL = (
     "env=digits", "env.num_envs=4", "env.epochs=8", "ppo.num_steps=8", "ppo.total_steps=320", "checkpoint.every=2",
     "evaluation.episodes=0", "runtime.compile=false",
@@ -173,7 +173,8 @@ def torture(kills: int, seed: int, overrides: list[str], out: Path | None) -> Ta
                         if reached - kept > allowed:
                             tally.lost += 1
                             tally.problems.append(f"{number.name}: {reached - kept} steps lost")
-                    if directory is not None and survivor(directory) is not None and draw.random() < DAMAGED:
+                    owed = tally.kills // DAMAGED > sum(tally.damaged.values())
+                    if owed and directory is not None and survivor(directory) is not None:
                         touched = damage(directory, draw)
                         clean = clean and touched != "metrics.jsonl"
                         kind = touched.split("/")[0]
