@@ -40,7 +40,7 @@ class Twins:
         self._kind = kind
         self._spec = PopulationSpec(**{**vars(spec), "measured": False})
         self._epochs, self._device, self._capacity = epochs, device, capacity
-        # One block of memory: a tensor for each would pin a page of the heap each, among what comes and goes.
+        # One tensor: one for each episode would take several times the memory of what is in it.
         self._episodes = torch.zeros(capacity, epochs + 3)
         self._places: OrderedDict[int, int] = OrderedDict()  # key -> row, oldest first
 

@@ -19,7 +19,6 @@ from envs.making import make_envs
 from esper.graph.interface import GROWTH
 from esper.runtime import checkpoint, precision, seeding
 from esper.runtime.errors import ConfigError, EsperError, Preempted, TrainingError
-from esper.runtime.memory import give_back
 from esper.runtime.telemetry import Telemetry
 from esper.simic.learner import Simic
 from esper.simic.rollout import Rollout
@@ -255,7 +254,6 @@ class Trainer:
                 checkpoint.keep_as_best(path)
                 self._best = score
         self._saved, self._saved_at = step, time.monotonic()
-        give_back()
 
     def _best_score(self) -> float:
         """Of the best checkpoint of the run so far."""

@@ -164,7 +164,7 @@ class Population(PopulationState):
         index = self.subset.gather(1, order.flatten(1)).view_as(order)
         shape = (*order.shape, *self.labels.shape[2:])
         labels = self.labels[torch.arange(self.hosts, device=self.device)[:, None], order.flatten(1)].view(shape)
-        trained = self.native.train(index, labels) if self.native else train_stacked(self, index, labels)
+        trained = self.native.train(self, index, labels) if self.native else train_stacked(self, index, labels)
         self.epoch += 1
         if self.setup.measured:
             self._record(trained)
@@ -256,7 +256,7 @@ class Population(PopulationState):
         x, y = getattr(self.data, f"{split}_x"), getattr(self.data, f"{split}_y")
         alpha = self.lifecycle.alpha[where]
         if self.native:
-            _, logits, _ = self.native.evaluate(where.cpu(), alpha, x, y, logits=True)
+            _, logits, _ = self.native.evaluate(self, where.cpu(), alpha, x, y, logits=True)
             assert logits is not None
         else:
             logits, _ = self._logits(where, alpha, x)
@@ -278,7 +278,7 @@ class Population(PopulationState):
         wanted = statistics_samples(tokens) if measured else 0
         activations: Tensor | None = None
         if self.native:
-            losses, _, activations = self.native.evaluate(rows, alpha, x, y, wanted, ablated)
+            losses, _, activations = self.native.evaluate(self, rows, alpha, x, y, wanted, ablated)
         else:
             full = len(rows) - ablated
             logits, trace = self._logits(rows[:full], alpha[:full], x, wanted * tokens)

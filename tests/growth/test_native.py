@@ -1,6 +1,7 @@
 """The native engine against the stacked one, and what happens where it cannot run."""
 
 import ctypes
+import gc
 import logging
 import os
 import random
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -292,7 +294,7 @@ def assert_agree(task, names, seed=0):
     """Logits, and gradients of hosts and seeds, which after one step of Adam are its first moments."""
     native, stacked = (grown(toy, task, names, seed) for toy in (Native, Stacked))
     rows, x, y = torch.arange(native.hosts), native.data.validation_x, native.data.validation_y
-    logits = native.native.evaluate(rows, native.lifecycle.alpha, x, y, logits=True)[1]
+    logits = native.native.evaluate(native, rows, native.lifecycle.alpha, x, y, logits=True)[1]
     with torch.no_grad():
         expected = stacked._logits(rows, stacked.lifecycle.alpha, x)[0]
     native.train_epoch()
@@ -692,3 +694,15 @@ def test_two_processes_may_compile_at_once(kept, copier, compiler, compiled, tmp
     assert {Path(name).parent for name in copier()} == {kept}
     assert str(library.stat().st_ino) in (tmp_path / "files").read_text().split()
     assert library.read_bytes() == Path(compiled).read_bytes()
+
+
+def test_a_population_ends_without_the_garbage_collector(toy):
+    p = toy.population([1, 2])
+    p.train_epoch()
+    last = weakref.ref(p)
+    gc.disable()
+    try:
+        del p
+        assert last() is None
+    finally:
+        gc.enable()

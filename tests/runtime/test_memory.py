@@ -1,16 +1,11 @@
 """Memory that is used again: aligned, never shared, and returned by what has ended."""
 
 import gc
-import resource
-import sys
-from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper.runtime.memory import give_back
 from esper.runtime.native import Memory
 
 
@@ -52,17 +47,3 @@ def test_what_is_too_small_is_given_up_and_few_blocks_are_kept() -> None:
     large = memory.take(10_000)
     assert not memory._free
     assert len(large) == 10_000
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
-def test_freed_memory_goes_back_to_the_system() -> None:
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-    blocks = [bytearray(64 * 1024) for _ in range(3000)]  # each too small for a mapping of its own
-    kept = blocks[::300]
-    del blocks  # in fragments, between those that are kept
-    before = resident()
-    give_back()
-    assert before - resident() > 100 * 2**20
-    assert len(kept) == 10

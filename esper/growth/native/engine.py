@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,12 @@ class _Training(ctypes.Structure):
 
 class _Evaluation(ctypes.Structure):
     _fields_ = fields(pointers="x labels", integers="samples measured full fewer", pointers_="loss logits activations")
+
+
+@cache
+def _array(kind: type[ctypes.Structure], count: int) -> Any:
+    """A type, made once: such types are cycles of their own."""
+    return kind * count
 
 
 def unavailable(population: PopulationState) -> str | None:
@@ -143,14 +150,14 @@ def _inputs(operation: Operation) -> tuple[int, ...]:
 
 
 class NativeEngine:
-    """The kernel for one kind of population.
+    """The kernel for populations of one kind, which it does not hold: in a cycle with its engine, a population that is
+    no longer needed would wait for the garbage collector, which comes too seldom for things so large and few.
 
     Args:
-        population: what it is to train and evaluate.
+        p: one of them.
     """
 
-    def __init__(self, population: PopulationState):
-        self._population = p = population
+    def __init__(self, p: PopulationState):
         found = library(KERNEL_FOLDER)
         assert not isinstance(found, str), found
         self._train, self._evaluate = found.esper_train, found.esper_evaluate
@@ -159,12 +166,11 @@ class NativeEngine:
         self._neighbours = [_Neighbours(host.site.tokens, None), _Neighbours(host.site.tokens, stage)]
         self._place = torch.tensor([0, *p.table.sizes]).cumsum(0)
         self._kept: list[Any] = []  # what the structures point to
-        self._programs = [self._program(b, kind, host.site) for kind, b in enumerate(p.catalogue)]
-        self._tables = (_Table * len(self._neighbours))(*(n.structure() for n in self._neighbours))
+        self._programs = [self._program(p, b, kind) for kind, b in enumerate(p.catalogue)]
+        self._tables = _array(_Table, len(self._neighbours))(*(n.structure() for n in self._neighbours))
 
-    def _program(self, blueprint: Blueprint, kind: int, site: Site) -> _Blueprint:
-        p = self._population
-        table = p.seed_tables[kind]
+    def _program(self, p: PopulationState, blueprint: Blueprint, kind: int) -> _Blueprint:
+        table, site = p.seed_tables[kind], p.spec.site
         names = p.seed_names[kind]
         places = dict(zip(names, torch.tensor([0, *table.sizes]).cumsum(0).tolist(), strict=False))
         fits = blueprint.fits(site)
@@ -198,7 +204,7 @@ class NativeEngine:
                 *_, rows, columns = table.specs[names.index(operation.weight)].shape
                 fields.update(row=columns, tap=rows * columns)
             operations.append(_Operation(code, *inputs, *[0] * (3 - len(inputs)), *fields.values()))
-        listed = (_Operation * len(operations))(*operations)
+        listed = _array(_Operation, len(operations))(*operations)
         per_register = torch.tensor(units).T.contiguous()
         self._kept += [listed, per_register]
         return _Blueprint(
@@ -210,14 +216,13 @@ class NativeEngine:
             _address(table.count),
         )
 
-    def _structure(self) -> tuple[_Population, list[Any]]:
-        """The population as it stands, and what must live as long."""
-        p = self._population
+    def _structure(self, p: PopulationState) -> tuple[_Population, list[Any]]:
+        """A population as it stands, and what must live as long."""
         for kind, program in enumerate(self._programs):
             program.theta, program.average, program.square = (
                 _address(state[kind]) for state in (p.seed_theta, p.seed_exp_avg, p.seed_exp_avg_sq)
             )
-        programs = (_Blueprint * len(self._programs))(*self._programs)
+        programs = _array(_Blueprint, len(self._programs))(*self._programs)
         at, rates = p.activations(), learning_rates(p)
         gain = p.gain()
         gain = None if gain is None else gain.squeeze(2).contiguous()
@@ -242,10 +247,11 @@ class NativeEngine:
         )
         return structure, [programs, floats, gain]
 
-    def train(self, index: Tensor, labels: Tensor) -> Trained:
-        """One epoch of all hosts on the minibatches `index` [N, steps, batch] of the training split, with `labels`
-        [N, steps, batch] or [N, steps, batch, tokens]; parameters, moments and step counters are brought up to date."""
-        p, t = self._population, self._population.training
+    def train(self, p: PopulationState, index: Tensor, labels: Tensor) -> Trained:
+        """One epoch of all hosts of a population on the minibatches `index` [N, steps, batch] of the training split,
+        with `labels` [N, steps, batch] or [N, steps, batch, tokens]; parameters, moments and step counters are brought
+        up to date."""
+        t = p.training
         stage, hosts, slots = p.lifecycle.stage, p.hosts, p.slots
         kinds = p.lifecycle.blueprint.masked_fill(~is_live(stage), -1)
         alone = stage == Stage.TRAINING
@@ -272,7 +278,7 @@ class NativeEngine:
             t.epsilon,
             *(_address(value) for value in result),
         )
-        structure, kept = self._structure()
+        structure, kept = self._structure(p)
         call(self._train, [((structure, rows, work), part) for part in parts(hosts)])
         del kept
         p.steps += t.steps_per_epoch
@@ -281,6 +287,7 @@ class NativeEngine:
 
     def evaluate(
         self,
+        p: PopulationState,
         hosts: Tensor,
         alpha: Tensor,
         x: Tensor,
@@ -289,8 +296,8 @@ class NativeEngine:
         ablated: int = 0,
         logits: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of the hosts `hosts` [M], repeats allowed, with `alpha` [M, slots], on x [n, tokens, inputs] with labels y
-        [n] or [n, tokens].
+        """Of the hosts `hosts` [M] of a population, repeats allowed, with `alpha` [M, slots], on x [n, tokens, inputs]
+        with labels y [n] or [n, tokens].
 
         The last `ablated` rows see the first SAMPLES only and are not measured.
 
@@ -299,7 +306,6 @@ class NativeEngine:
             activations' statistics [M - ablated, slots, ACTIVATION_STATISTICS] on the first `measured` samples, if
             there are any.
         """
-        p = self._population
         kinds = p.lifecycle.blueprint[hosts].masked_fill(alpha == 0, -1)
         y = y.flatten().contiguous()
         loss = torch.zeros(len(hosts), len(y))
@@ -323,7 +329,7 @@ class NativeEngine:
             _address(scores),
             _address(activations),
         )
-        structure, kept = self._structure()
+        structure, kept = self._structure(p)
         call(self._evaluate, [((structure, rows, work), part) for part in parts(len(hosts))])
         del kept
         return loss, scores, activations
