@@ -112,8 +112,8 @@ def damage(directory: Path, draw: random.Random) -> str:
 
 def logged(directory: Path) -> int:
     """The step of the last whole line of metrics.jsonl."""
-    step = 0
-    for line in (directory / "metrics.jsonl").read_text(errors="replace").splitlines():
+    step, path = 0, directory / "metrics.jsonl"
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             step = max(step, int(json.loads(line)["step"]))
         except (ValueError, KeyError, TypeError):
@@ -152,6 +152,8 @@ def torture(kills: int, seed: int, overrides: list[str], out: Path | None) -> Ta
                 resumable = directory is not None and survivor(directory) is not None
                 if directory is not None and not resumable:
                     shutil.rmtree(place)  # nothing had been saved yet: the user starts again
+                # A process that was killed before it logged anything has lost nothing, whatever damage had cost before.
+                before = (logged(directory), survivor(directory)) if resumable and directory is not None else None
                 process = start([f"resume={directory}"] if resumable else [*overrides, f"output_dir={place}"])
                 try:
                     if tally.kills >= kills:
@@ -168,11 +170,11 @@ def torture(kills: int, seed: int, overrides: list[str], out: Path | None) -> Ta
                     tally.exit_codes[code] = tally.exit_codes.get(code, 0) + 1
                     directory = run_dir(place)
                     if directory is not None and (directory / "metrics.jsonl").exists():
-                        kept, reached = survivor(directory) or 0, logged(directory)
+                        reached, kept = logged(directory), survivor(directory)
                         allowed = interval * steps if number == signal.SIGKILL else 0
-                        if reached - kept > allowed:
+                        if (reached, kept) != before and reached - (kept or 0) > allowed:
                             tally.lost += 1
-                            tally.problems.append(f"{number.name}: {reached - kept} steps lost")
+                            tally.problems.append(f"{number.name}: {reached - (kept or 0)} steps lost")
                     owed = tally.kills // DAMAGED > sum(tally.damaged.values())
                     if owed and directory is not None and survivor(directory) is not None:
                         touched = damage(directory, draw)
