@@ -26,9 +26,9 @@ class Telemetry:
     def __init__(self, run_dir: Path, resumed_at: int | None = None):
         self.path = run_dir / METRICS_FILE
         if resumed_at is not None and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step(line, resumed_at) <= resumed_at]
+            lines = self.path.read_bytes().splitlines(keepends=True)
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
+            temporary.write_bytes(b"".join(line for line in lines if _step(line, resumed_at) <= resumed_at))
             os.replace(temporary, self.path)
         self._file = open(self.path, "a")  # noqa: SIM115 (open as long as the run)
         purge = None if resumed_at is None else resumed_at + 1
@@ -67,9 +67,10 @@ def _date_back(folder: Path) -> None:
         path.rename(path.with_name(".".join((*before, f"{limit:010d}", rest))))
 
 
-def _step(line: str, otherwise: int) -> int:
-    """The step of a line of metrics.jsonl; a line that was cut off by a crash counts as later than `otherwise`."""
+def _step(line: bytes, otherwise: int) -> int:
+    """The step of a line of metrics.jsonl; one that was cut off by a crash, or is damaged, counts as later than
+    `otherwise`."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return otherwise + 1

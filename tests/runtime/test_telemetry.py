@@ -50,3 +50,17 @@ def test_resuming_in_the_same_second_or_after_the_clock_was_set_back(tmp_path, m
     expected = [(10 * number + 10, float(number)) for number in range(12)] + [(130, 11.0)]
     assert points(tmp_path, "x") == expected
     assert [(line["step"], line["x"]) for line in lines(tmp_path)] == expected
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xed\x28", b"\x00", b"[1]", b"7", b'{"x": 1}', b'{"step": "a"}', b'{"step": null}'], ids=repr
+)
+def test_lines_that_are_damaged_are_dropped(tmp_path, damage):
+    telemetry = Telemetry(tmp_path)
+    for step in (10, 20, 30):
+        telemetry.log(step, {"x": float(step)})
+    telemetry.close()
+    first, _, third = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_bytes(first + damage + b"\n" + third)
+    Telemetry(tmp_path, resumed_at=30).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == first + third
