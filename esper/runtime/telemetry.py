@@ -26,9 +26,9 @@ class Telemetry:
     def __init__(self, run_dir: Path, resumed_at: int | None = None):
         self.path = run_dir / METRICS_FILE
         if resumed_at is not None and self.path.exists():
-            lines = self.path.read_bytes().splitlines(keepends=True)
+            lines = self.path.read_bytes().splitlines()
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_bytes(b"".join(line for line in lines if _step(line, resumed_at) <= resumed_at))
+            temporary.write_bytes(b"".join(line + b"\n" for line in lines if _step(line, resumed_at) <= resumed_at))
             os.replace(temporary, self.path)
         self._file = open(self.path, "a")  # noqa: SIM115 (open as long as the run)
         purge = None if resumed_at is None else resumed_at + 1
