@@ -204,8 +204,8 @@ def curves(env, losses, twin):
     """The environment with given validation losses after each epoch: `losses` of its hosts, `twin` of their twins."""
     population, train_epoch = env.population, env.population.train_epoch
 
-    def train():
-        train_epoch()
+    def train(evaluate):
+        train_epoch(evaluate)
         population.validation_loss[:] = losses[int(population.epoch[0]) - 1]
 
     population.train_epoch = train
