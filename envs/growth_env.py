@@ -194,7 +194,7 @@ class GrowthEnv:
         forked = copy.copy(self)
         forked.num_envs, forked.autoreset = len(rows), False
         forked.population = self.population.fork(rows, future)
-        for name in (*self._STATE, "_running"):
+        for name in self._STATE:
             setattr(forked, name, getattr(self, name)[rows].clone())
         return forked
 
@@ -283,21 +283,20 @@ class GrowthEnv:
     # ---- state ----------------------------------------------------------------------------------------------------
 
     _METERS = ("_area", "_twin_area", "_spent", "_twin_spent", "_best")
-    _STATE = ("_seeds", "_episodes", "_kinds", "_returns", "_counts", "_potential", "_twin", *_METERS)
+    _STATE = ("_seeds", "_episodes", "_kinds", "_running", "_returns", "_counts", "_potential", "_twin", *_METERS)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on, as tensors in plain containers."""
-        state = {name: getattr(self, name).clone() for name in self._STATE}
-        if not self.autoreset:  # else an episode is always going on
-            state["_running"] = self._running.clone()
-        return {"population": self.population.state_dict(), **state}
+        return {
+            "population": self.population.state_dict(),
+            **{name: getattr(self, name).clone() for name in self._STATE},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> GraphBatch:
         """Restores what `state_dict` returned; returns the observation at that point."""
         self.population.load_state_dict(state["population"])
         for name in self._STATE:
             setattr(self, name, state[name].clone())
-        self._running = torch.ones(self.num_envs, dtype=torch.bool) if self.autoreset else state["_running"].clone()
         return self._observe()
 
 

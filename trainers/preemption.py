@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from esper.runtime.errors import Preempted
 
@@ -21,6 +22,11 @@ class Stop(BaseException):
         self.name = signal.Signals(number).name
 
 
+def _handled(handlers: Mapping[signal.Signals, Any]) -> dict[signal.Signals, Any]:
+    """Sets the handlers of signals; returns those they had."""
+    return {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+
 @contextmanager
 def early() -> Iterator[None]:
     """Within it, and outside of any Preemption, a signal ends the process at once, as there is nothing to be saved."""
@@ -30,12 +36,11 @@ def early() -> Iterator[None]:
         os.write(2, line.encode())
         os._exit(Preempted.exit_code)
 
-    previous = {number: signal.signal(number, leave) for number in SIGNALS}
+    previous = _handled(dict.fromkeys(SIGNALS, leave))
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        _handled(previous)
 
 
 class Preemption:
@@ -47,12 +52,11 @@ class Preemption:
         self._held = 0
 
     def __enter__(self) -> Preemption:
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._previous = _handled(dict.fromkeys(SIGNALS, self._note))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        _handled(self._previous)
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from envs import twins
+from envs.adapter import AdaptedEnv
 from envs.config import EnvConfig, load_config
 from envs.growth_env import GrowthEnv
 from envs.reward import Reference
+from esper.graph import GraphBatch
 from esper.growth.actions import Verb
 
 REFERENCE = Reference(static=1.4, large=0.9)  # the stored ones are measured anew now and then
@@ -98,3 +100,15 @@ def play() -> type[Play]:
 def no_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     """No twin is remembered from other tests."""
     monkeypatch.setattr(twins, "_SHARED", {})
+
+
+def played(env: AdaptedEnv, graph: GraphBatch, steps: int, seed: int) -> tuple[list[Tensor], GraphBatch]:
+    """All that it shows under random legal actions, and the last graph."""
+    dice, out = torch.Generator().manual_seed(seed), []
+    for _ in range(steps):
+        actions = torch.multinomial(graph.action_mask.float(), 1, generator=dice).squeeze(1)
+        graph, reward, terminated, truncated, info = env.step(actions)
+        out += [*graph.to_dict().values(), reward, terminated, truncated]
+        if info:
+            out += [*info["final_graph"].to_dict().values(), *info["episodes"].values()]
+    return out, graph

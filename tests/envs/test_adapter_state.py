@@ -13,6 +13,8 @@ from envs.hetero import HeteroEnv
 from envs.worker import Misbehaved
 from esper.runtime.errors import TrainingError
 
+from .conftest import played
+
 HERE = Path(__file__).parent
 ID = "awkward:test/Awkward-v0"
 SEEDS = torch.tensor([4, 5, 6])
@@ -36,18 +38,6 @@ def hetero(autoreset=True):
 
 def awkward(**kwargs):
     return gym(ID, **kwargs)
-
-
-def played(env, graph, steps: int, seed: int):
-    """What it shows under random legal actions, and the last graph."""
-    dice, out = torch.Generator().manual_seed(seed), []
-    for _ in range(steps):
-        actions = torch.multinomial(graph.action_mask.float(), 1, generator=dice).squeeze(1)
-        graph, reward, terminated, truncated, info = env.step(actions)
-        out += [*graph.to_dict().values(), reward, terminated, truncated]
-        if info:
-            out += [*info["final_graph"].to_dict().values(), *info["episodes"].values()]
-    return out, graph
 
 
 def through_a_file(state):

@@ -16,6 +16,8 @@ from envs.gym import GymEnv
 from envs.hetero import HeteroEnv
 from esper.runtime.errors import ConfigError, TrainingError
 
+from .conftest import played
+
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "docs" / "examples"
 ID = "awkward:test/Awkward-v0"
@@ -53,16 +55,9 @@ def processes(env) -> list[int]:
     return [worker._process.pid for worker in env.workers]
 
 
-def played(env, steps: int) -> list[torch.Tensor]:
-    """All that it shows under random legal actions."""
-    dice, graph, out = torch.Generator().manual_seed(0), env.reset(torch.arange(env.num_envs)), []
-    for _ in range(steps):
-        actions = torch.multinomial(graph.action_mask.float(), 1, generator=dice).squeeze(1)
-        graph, reward, terminated, truncated, info = env.step(actions)
-        out += [*graph.to_dict().values(), reward, terminated, truncated]
-        if info:
-            out += [*info["final_graph"].to_dict().values(), *info["episodes"].values()]
-    return out
+def shown(env, steps: int) -> list[torch.Tensor]:
+    """What it shows from the start of its episodes on."""
+    return played(env, env.reset(torch.arange(env.num_envs)), steps, 0)[0]
 
 
 @pytest.mark.parametrize("kind", ["gym", "hetero"])
@@ -73,7 +68,7 @@ def test_the_numbers_are_those_of_one_process(kind):
         config = HeteroConfig(target="scheduling:Scheduling", action_node="job", subprocess=apart)
         return HeteroEnv(config, 2)
 
-    here, there = played(env(False), 60), played(env(True), 60)
+    here, there = shown(env(False), 60), shown(env(True), 60)
     assert len(here) == len(there)
     assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
 

@@ -1,11 +1,17 @@
-"""The entry points, called in this process, and one small finished run."""
+"""The entry points, called in this process, one small finished run, and what of a run is looked at."""
 
+import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 
+from esper.runtime import checkpoint
+from esper.runtime.telemetry import METRICS_FILE, Telemetry
 from trainers import evaluate, train
 
 TINY = [
@@ -24,6 +30,13 @@ TINY = [
     "evaluation.episodes=0",
     "runtime.compile=false",  # it takes far longer than the run
 ]
+
+# Everything that has state of its own: the loss scale, the scale of returns, a learning rate that follows the KL.
+STATEFUL = (
+    "runtime.precision=fp16", "ppo.normalize_returns=true", "ppo.lr_schedule=adaptive", "ppo.auxiliary_coef=0.1",
+    "ppo.entropy_final=0", "ppo.clip_final=0.1", "ppo.value_clip=0.2",
+)  # fmt: skip
+TIMED = ("time", "perf/", "tamiyo.gnn.")
 
 
 class Result(NamedTuple):
@@ -75,3 +88,44 @@ def run_train(tmp_path, monkeypatch, capsys) -> Command:
 @pytest.fixture
 def run_evaluate(monkeypatch, capsys) -> Command:
     return lambda *overrides: call(evaluate.main, overrides, monkeypatch, capsys)
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    """What has been logged."""
+    return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+
+
+def untimed(run_dir: Path) -> list[dict[str, Any]]:
+    """The same without wall times."""
+    return [{key: value for key, value in line.items() if not key.startswith(TIMED)} for line in lines(run_dir)]
+
+
+def newest(run_dir: Path) -> dict[str, Any]:
+    """The state in the newest checkpoint."""
+    return checkpoint.latest(run_dir)[1]
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Where two states differ, by a bit or by a type."""
+    if type(a) is not type(b):
+        return [path]
+    if isinstance(a, dict) and a.keys() == b.keys():
+        return [each for key in a for each in differences(a[key], b[key], f"{path}/{key}")]
+    if isinstance(a, list | tuple) and len(a) == len(b):
+        pairs = enumerate(zip(a, b, strict=True))
+        return [each for number, (x, y) in pairs for each in differences(x, y, f"{path}/{number}")]
+    if isinstance(a, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
+    return [] if a == b else [path]
+
+
+def stop_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process gets a signal while it logs that step."""
+    log = Telemetry.log
+
+    def logging(self: Telemetry, at: int, scalars: dict[str, float]) -> None:
+        log(self, at, scalars)
+        if at == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Telemetry, "log", logging)

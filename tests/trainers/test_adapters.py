@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -18,12 +17,12 @@ from hydra import compose, initialize_config_module
 import esper
 from envs.adapter_config import GymConfig
 from envs.making import make_envs
-from esper.runtime import checkpoint
-from esper.runtime.telemetry import Telemetry
 from esper.simic.config import PPOConfig
 from trainers import config, returns
 from trainers.config import RuntimeConfig, TrainConfig
 from trainers.loop import Trainer
+
+from .conftest import differences, lines, newest, stop_at, untimed
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 SMALL = [
@@ -66,14 +65,6 @@ def examples(monkeypatch):
     sys.modules.pop("scheduling", None)
 
 
-def lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def newest(run: Path) -> dict:
-    return checkpoint.latest(run)[1]
-
-
 def report(run: Path) -> dict:
     return json.loads((run / "eval/report.json").read_text())
 
@@ -110,37 +101,6 @@ def test_same_seed_same_numbers(run_train):
     assert report(runs[0])["controllers"] == report(runs[1])["controllers"]
 
 
-def stop_at(step: int, monkeypatch) -> None:
-    """The process gets a signal while it logs that step."""
-    log = Telemetry.log
-
-    def logging(self, at, scalars):
-        log(self, at, scalars)
-        if at == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Telemetry, "log", logging)
-
-
-def different(a, b, path: str = "") -> list[str]:
-    """Where two states differ."""
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [each for key in a for each in different(a[key], b[key], f"{path}.{key}")]
-    if isinstance(a, list | tuple) and type(a) is type(b) and len(a) == len(b):
-        return [each for i, (x, y) in enumerate(zip(a, b, strict=True)) for each in different(x, y, f"{path}[{i}]")]
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        same = a.dtype == b.dtype and torch.equal(a, b)
-    else:
-        same = type(a) is type(b) and a == b
-    return [] if same else [path]
-
-
-def untimed(run: Path) -> list[dict]:
-    return [
-        {k: v for k, v in line.items() if not k.startswith(("time", "perf/", "tamiyo.gnn."))} for line in lines(run)
-    ]
-
-
 @pytest.mark.parametrize(
     "overrides",
     [[*CARTPOLE, "env.normalize=true"], SCHEDULING, [*CARTPOLE, "env.subprocess=true"]],
@@ -150,7 +110,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(run_train, monkeypatch,
     whole = run_train(*overrides, "evaluation.episodes=0", tiny=False)
     assert whole.code == 0, whole.err
     with monkeypatch.context() as patch:
-        stop_at(64, patch)
+        stop_at(64, signal.SIGTERM, patch)
         stopped = run_train(*overrides, "evaluation.episodes=0", tiny=False)
     run = stopped.run_dir
     assert (stopped.code, newest(run)["step"]) == (75, 64)
@@ -158,7 +118,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(run_train, monkeypatch,
     assert result.code == 0, result.err
     assert "resuming at step 64 of 96" in result.out
     assert "start new episodes" not in result.out + result.err
-    assert different(newest(whole.run_dir), newest(run)) == []
+    assert not differences(newest(whole.run_dir), newest(run))
     assert untimed(whole.run_dir) == untimed(run)
     assert (newest(run)["env"]["episodes"] > 1).any()
 
@@ -180,7 +140,7 @@ gymnasium.register("test/Born-v0", Born)
 def test_a_run_on_an_environment_that_is_not_deterministic_says_so(run_train, monkeypatch):
     overrides = ["env=gym", "env.id=test/Born-v0", *SMALL, "evaluation.episodes=0"]
     with monkeypatch.context() as patch:
-        stop_at(32, patch)
+        stop_at(32, signal.SIGTERM, patch)
         stopped = run_train(*overrides, tiny=False)
     before = newest(stopped.run_dir)["env"]["episodes"]
     result = run_train(f"resume={stopped.run_dir}", tiny=False)

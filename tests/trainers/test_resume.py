@@ -1,7 +1,6 @@
 """Exact resume: from every iteration boundary, after stops at any moment, and with any piece of the state left out."""
 
 import copy
-import json
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -16,18 +15,13 @@ from hydra import compose, initialize_config_module
 from envs.growth_env import GrowthEnv
 from esper.runtime import checkpoint
 from esper.runtime.errors import Preempted, TrainingError
-from esper.runtime.telemetry import METRICS_FILE
 from esper.simic.update import UpdateStep
 from trainers import config
 from trainers.loop import Trainer
 from trainers.preemption import Preemption, Stop
 
-TIMED = ("time", "perf/", "tamiyo.gnn.")
-# Everything that has state of its own: the loss scale, the scale of returns, a learning rate that follows the KL.
-STATEFUL = (
-    "runtime.precision=fp16", "ppo.normalize_returns=true", "ppo.lr_schedule=adaptive", "ppo.auxiliary_coef=0.1",
-    "ppo.entropy_final=0", "ppo.clip_final=0.1", "ppo.value_clip=0.2",
-)  # fmt: skip
+from .conftest import STATEFUL, differences, newest, untimed
+
 HETERO = ("env=hetero", "env.target=scheduling:Scheduling", "env.action_node=job")
 EVERYTHING = "env.contexts.mixture={repair:1,sequential:1,shift:1,growth:1,plain:1}"
 
@@ -62,11 +56,6 @@ def stored(state: State, tmp_path: Path) -> State:
     return checkpoint.read(path)
 
 
-def lines(trainer: Trainer) -> list[State]:
-    read = [json.loads(line) for line in (trainer.run_dir / METRICS_FILE).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith(TIMED)} for line in read]
-
-
 def whole(trainer: Trainer) -> tuple[list[State], State, list[State]]:
     """The states at all boundaries of a run that is never stopped, its last state, and what it has logged."""
     boundaries, honest = [], trainer.snapshot
@@ -78,18 +67,7 @@ def whole(trainer: Trainer) -> tuple[list[State], State, list[State]]:
 
     trainer.snapshot = recorded
     trainer.run(Preemption())
-    return boundaries[:-1], boundaries[-1], lines(trainer)
-
-
-def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [each for key in a for each in differences(a[key], b[key], f"{path}/{key}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        pairs = enumerate(zip(a, b, strict=True))
-        return [each for number, (x, y) in pairs for each in differences(x, y, f"{path}/{number}")]
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return [] if a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b) else [path]
-    return [] if type(a) is type(b) and a == b else [path]
+    return boundaries[:-1], boundaries[-1], untimed(trainer.run_dir)
 
 
 FAMILIES = {
@@ -116,7 +94,7 @@ def test_from_every_boundary(make: Make, tmp_path: Path, family: str) -> None:
         resumed = make(*overrides, state=stored(state, tmp_path))
         resumed.run(Preemption())
         assert not differences(resumed.snapshot(), last)
-        assert lines(resumed) == logged[state["iteration"] :]
+        assert untimed(resumed.run_dir) == logged[state["iteration"] :]
 
 
 @pytest.mark.slow
@@ -130,7 +108,7 @@ def test_from_every_boundary_compiled(make: Make, tmp_path: Path, precision: str
         resumed = make(*overrides, state=stored(state, tmp_path))
         resumed.run(Preemption())
         assert not differences(resumed.snapshot(), last)
-        assert lines(resumed) == logged[state["iteration"] :]
+        assert untimed(resumed.run_dir) == logged[state["iteration"] :]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -148,12 +126,12 @@ def test_after_three_stops_in_the_middle_of_anything(make: Make, monkeypatch: py
         with pytest.raises(Preempted, match="stopped by SIGTERM"):
             trainer.run(Preemption())
         folder = trainer.run_dir
-        state = checkpoint.latest(folder)[1]
+        state = newest(folder)
     calls_left[0] = -1
     resumed = make(*overrides, state=state, folder=folder)
     resumed.run(Preemption())
     assert not differences(resumed.snapshot(), last)
-    assert lines(resumed) == logged
+    assert untimed(resumed.run_dir) == logged
 
 
 def stopping(honest: Callable[..., Any], calls_left: list[int]) -> Callable[..., Any]:
@@ -239,4 +217,4 @@ def outcome(make: Make, overrides: tuple[str, ...], state: State, last: State, l
         resumed.run(Preemption())
     except (TrainingError, ValueError, IndexError, RuntimeError) as error:
         return [repr(error)]
-    return differences(resumed.snapshot(), last) or differences(lines(resumed), logged[1:], "metrics")
+    return differences(resumed.snapshot(), last) or differences(untimed(resumed.run_dir), logged[1:], "metrics")

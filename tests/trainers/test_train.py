@@ -17,10 +17,11 @@ from envs.growth_env import GrowthEnv
 from esper.graph import segment
 from esper.runtime import checkpoint
 from esper.runtime.errors import TrainingError
-from esper.runtime.telemetry import Telemetry
 from esper.simic import update
 from esper.tamiyo.actor import Actor
 from trainers import loop
+
+from .conftest import STATEFUL, differences, lines, newest, stop_at, untimed
 
 CONTRACT = {
     "rollout/ep_rew_mean",
@@ -51,42 +52,12 @@ CONTRACT = {
     *(f"amp/{name}" for name in ("scale", "skipped_steps")),
     "train/auxiliary_loss",
 }
-TIMED = ("time", "perf/", "tamiyo.gnn.")
-
-
-def lines(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def untimed(run_dir: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines(run_dir)]
 
 
 def events(run_dir: Path) -> EventAccumulator:
     accumulator = EventAccumulator(str(run_dir / "tb"))
     accumulator.Reload()
     return accumulator
-
-
-def assert_same(a, b, path="") -> None:
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{path}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype, path
-        assert torch.equal(a, b), path
-    else:
-        assert a == b, path
-
-
-def newest(run_dir: Path) -> dict:
-    return checkpoint.latest(run_dir)[1]
 
 
 def test_event_file_holds_the_contracts_scalars(run_train):
@@ -142,28 +113,9 @@ def test_the_start_says_which_segment_reductions_run(run_train, monkeypatch, ext
 def test_same_seed_same_bits_and_other_seed_other_run(run_train):
     first, second, other = run_train(), run_train(), run_train("seed=2")
     assert first.run_dir != second.run_dir
-    assert_same(newest(first.run_dir), newest(second.run_dir))
+    assert not differences(newest(first.run_dir), newest(second.run_dir))
     assert untimed(first.run_dir) == untimed(second.run_dir)
     assert untimed(first.run_dir) != untimed(other.run_dir)
-
-
-def stop_at(step: int, number: signal.Signals, monkeypatch) -> None:
-    """The process gets a signal while it logs that step."""
-    log = Telemetry.log
-
-    def logging(self, at, scalars):
-        log(self, at, scalars)
-        if at == step:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(Telemetry, "log", logging)
-
-
-# Everything that has state of its own: the loss scale, the scale of returns, a learning rate that follows the KL.
-STATEFUL = (
-    "runtime.precision=fp16", "ppo.normalize_returns=true", "ppo.lr_schedule=adaptive", "ppo.auxiliary_coef=0.1",
-    "ppo.entropy_final=0", "ppo.clip_final=0.1", "ppo.value_clip=0.2",
-)  # fmt: skip
 
 
 @pytest.mark.parametrize(("step", "number"), [(32, signal.SIGTERM), (64, signal.SIGINT)])
@@ -184,7 +136,7 @@ def test_preempted_and_resumed_equals_uninterrupted(run_train, monkeypatch, step
     states = newest(whole.run_dir), newest(resumed.run_dir)
     for state in states:
         del state["config"]  # it differs in checkpoint.every
-    assert_same(*states)
+    assert not differences(*states)
     assert untimed(whole.run_dir) == untimed(resumed.run_dir)
     assert [p.step for p in events(resumed.run_dir).Scalars("train/approx_kl")] == [32, 64, 96]
 
@@ -364,7 +316,7 @@ def test_full_disk_while_saving_keeps_the_earlier_checkpoint(run_train, monkeypa
     assert f"resume={run}" in result.err
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{32:012d}.ckpt"]
     assert run_train(f"resume={run}", tiny=False).code == 0
-    assert_same(newest(run), newest(run_train().run_dir))
+    assert not differences(newest(run), newest(run_train().run_dir))
 
 
 def test_file_size_limit_of_the_operating_system(run_train):
@@ -551,7 +503,7 @@ def test_a_compiled_run_is_that_of_the_config_and_resumes_bit_for_bit(run_train)
     (compiled.run_dir / "checkpoints" / f"step_{96:012d}.ckpt").unlink()
     resumed = run_train(f"resume={compiled.run_dir}", tiny=False)
     assert resumed.code == 0, resumed.err
-    assert_same(newest(compiled.run_dir), whole)
+    assert not differences(newest(compiled.run_dir), whole)
     assert untimed(compiled.run_dir) == logged
 
 
