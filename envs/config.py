@@ -28,13 +28,18 @@ class HostConfig:
     stages: list[int] = MISSING
 
 
+MEASURES = ("loss", "accuracy")
+
+
 @dataclass
 class RewardConfig:
-    """Weights of the reward (DESIGN section 5)."""
+    """What an episode is rewarded for."""
 
-    rent: float = 0.1  # lambda: price of the parameters kept, on a log scale
+    measure: str = "loss"  # improvement over the twin in validation loss, or in validation "accuracy"
+    rent: float = 0.1  # lambda: price of the parameters kept; loss: on a log scale; accuracy: of 100 % more
     flops: float = 0.05  # mu: price of the compute spent on seeds, culled ones included
-    shaping: float = 0.0  # weight of the potential-based shaping
+    shaping: float = 0.0  # weight of the potential-based shaping by the loss
+    foresight: bool = False  # shaping by forks: an action is paid at once what it gains if nothing is done after it
 
 
 @dataclass
@@ -97,6 +102,12 @@ class EnvConfig(BaseEnvConfig):
         )
         if self.task not in tasks.available():
             raise ConfigError(f"{prefix}.task={self.task}: no such task; choose one of {', '.join(tasks.available())}")
+        if self.reward.measure not in MEASURES:
+            raise ConfigError(f"{prefix}.reward.measure={self.reward.measure}: choose one of {', '.join(MEASURES)}")
+        if self.reward.foresight and self.reward.shaping:
+            raise ConfigError(
+                f"{prefix}.reward.shaping={self.reward.shaping}: must be 0 with {prefix}.reward.foresight"
+            )
         if self.engine not in ENGINES:
             raise ConfigError(f"{prefix}.engine={self.engine}: no such engine; choose one of {', '.join(ENGINES)}")
         for name in self.blueprints:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from envs import contexts, tasks, twins
 from envs.config import EnvConfig, host_spec
+from envs.points import PARTS, RENT, Meter
 from envs.reward import gain, load_reference, rent
 from envs.surrogate import SurrogatePopulation
 from esper.graph import GraphBatch
@@ -70,6 +71,7 @@ class GrowthEnv:
         self._observer = Observer(self.population, config.epochs)
         self.graph_build_s: deque[float] = deque(maxlen=1024)  # wall time of the latest observations
         self._largest = (self.population.seed_sizes * self.population.fits).amax(1)  # [width + 1]
+        self._foresees = config.reward.foresight
         self._seeds = torch.arange(num_envs)
         self._episodes = torch.zeros(num_envs, dtype=torch.int64)
         self._kinds = torch.zeros(num_envs, dtype=torch.int64)
@@ -81,7 +83,8 @@ class GrowthEnv:
         self._area, self._twin_area = torch.zeros(num_envs), torch.zeros(num_envs)
         self._spent, self._twin_spent = torch.zeros(num_envs), torch.zeros(num_envs)  # compute, in ungrown episodes
         self._best = torch.zeros(num_envs)  # validation loss so far
-        self._twin = torch.zeros(num_envs, config.epochs + 3)  # as Twins returns it
+        self._twin = torch.zeros(num_envs, config.epochs + twins.COLUMNS)  # as Twins returns it
+        self._accuracy = Meter(self.population, config.epochs)
 
     @property
     def running(self) -> bool:
@@ -121,6 +124,7 @@ class GrowthEnv:
         meters = (self._area, self._twin_area, self._spent, self._twin_spent)
         for state in (self._returns, self._counts, self._potential, *meters):
             state[where] = 0
+        self._accuracy.begin(where)
         self._best[where] = _or_inf(self.population.validation_loss[where.to(self.device)])
         self._running[where] = True
 
@@ -151,7 +155,7 @@ class GrowthEnv:
         graph, info = self._observe(), {}
         if terminated.any():
             ended = terminated.nonzero().squeeze(1)
-            info = {"final_graph": graph, "episodes": self._summary(ended, score, diverged)}
+            info = {"final_graph": graph, "episodes": self._summary(ended, score[ended], diverged[ended])}
             if self.autoreset:
                 self._begin(ended)
                 graph = self._observe()
@@ -161,11 +165,12 @@ class GrowthEnv:
         """One epoch after the actions [N]: which episodes it has ended, rewards, scores and which hosts have diverged,
         all [N]; without `evaluate`, which the last epoch needs, only the hosts move on."""
         running = self._running.clone()
+        foreseen = self._foreseen(torch.where(running, actions.cpu(), WAIT)) if self._foresees else self._potential
         # Hosts whose episode is over are trained along, for nothing: they are part of the batch.
         verbs = self.layout.execute(self.population, torch.where(running, actions.cpu(), WAIT))
         self._counts += torch.nn.functional.one_hot(verbs, len(Verb)) * running[:, None]
         cost = self._epoch_cost()
-        self.population.train_epoch(evaluate)
+        self._accuracy.train_epoch(evaluate)
         self._meter(cost)
         diverged = self.population.diverged()
         terminated = running & (diverged | (self.population.epoch >= self.config.epochs))
@@ -173,7 +178,11 @@ class GrowthEnv:
             self.population.remove_unfinished(terminated)
             diverged |= self.population.diverged()  # what is left without those seeds may be no better
         score = self._score(diverged)
-        potential = (self.config.reward.shaping * score).masked_fill(terminated, 0.0)
+        shaping = self.config.reward.shaping
+        potential = (shaping * score if shaping else foreseen).masked_fill(terminated, 0.0)
+        if terminated.any() and self.config.reward.measure == "accuracy":
+            ended = terminated.nonzero().squeeze(1)
+            score[ended] = self._better(ended, diverged[ended], "validation")
         reward = potential - self._potential + torch.where(terminated, score - self._price(), 0.0)
         reward = reward.masked_fill(~running, 0.0)
         self._potential = potential
@@ -192,19 +201,31 @@ class GrowthEnv:
                 fork tells is causal.
         """
         forked = copy.copy(self)
-        forked.num_envs, forked.autoreset = len(rows), False
+        forked.num_envs, forked.autoreset, forked._foresees = len(rows), False, False
         forked.population = self.population.fork(rows, future)
+        forked._accuracy = self._accuracy.fork(forked.population, rows)
         for name in self._STATE:
             setattr(forked, name, getattr(self, name)[rows].clone())
         return forked
 
     def played_out(self, actions: Tensor) -> Tensor:
         """[N], the returns of the episodes if `actions` are done now and nothing after them."""
+        # Losses over time matter where an area under them is what is scored.
+        always = self.config.reward.measure == "loss" and bool(self.population.context.priced.any())
         while self.running:
             last = bool((self.population.epoch + 1 >= self.config.epochs).any())
-            self._advance(actions, evaluate=last or bool(self.population.context.priced.any()))
+            self._advance(actions, evaluate=last or always)
             actions = torch.zeros_like(actions)
         return self._returns
+
+    def _foreseen(self, actions: Tensor) -> Tensor:
+        """[N], the returns of the episodes if `actions` are done now and nothing after them, strikes and shifts that
+        are still to come included. Waiting leaves them as they are."""
+        foreseen = self._potential.clone()
+        rows = (actions != WAIT).nonzero().squeeze(1)
+        if len(rows):
+            foreseen[rows] = self.fork(rows, future=True).played_out(actions[rows])
+        return foreseen
 
     def _epoch_cost(self) -> tuple[Tensor, Tensor]:
         """[N] each, compute of the coming epoch of the hosts and of their twins, in ungrown episodes."""
@@ -240,6 +261,17 @@ class GrowthEnv:
         twin = torch.where(priced & twin.isfinite(), twin_area, twin)
         return gain(loss, twin, self.reference)
 
+    def _better(self, ended: Tensor, diverged: Tensor, split: str) -> Tensor:
+        """[m], how far the accuracies of the episodes `ended` are above their twins', on a split; those of hosts that
+        have `diverged` ([m]) are 0."""
+        accuracy = self._accuracy.accuracy(ended, split).masked_fill(diverged, 0.0)
+        return accuracy - self._twin[ended, -2 + PARTS.index(split)]
+
+    def twin_accuracies(self) -> tuple[Tensor, Tensor]:
+        """[N] each, of the twins of the present episodes, as `points.Meter` counts them, on the validation and on the
+        test split."""
+        return self._twin[:, -2].clone(), self._twin[:, -1].clone()
+
     def _kept_parameters(self) -> Tensor:
         return self.population.seed_parameters(is_kept(self.population.lifecycle.stage))
 
@@ -249,35 +281,42 @@ class GrowthEnv:
     def _price(self) -> Tensor:
         """[N], what growing has cost if the episode ended now; where compute is priced already, parameters only."""
         p, weights = self.population, self.config.reward
-        context = p.context
-        most = self._largest[context.width] * torch.minimum(context.depth, context.seeds)
-        parameters = rent(self._kept_parameters(), p.host_parameters(), most)
+        context, kept = p.context, self._kept_parameters()
+        if weights.measure == "accuracy":
+            parameters = kept / p.host_parameters()
+        else:
+            most = self._largest[context.width] * torch.minimum(context.depth, context.seeds)
+            parameters = rent(kept, p.host_parameters(), most)
         return weights.rent * parameters + weights.flops * self._flops_ratio() * ~context.priced
 
     def _summary(self, ended: Tensor, score: Tensor, diverged: Tensor) -> dict[str, Tensor]:
-        """What is known of the episodes that have ended in the environments `ended` ([m]); every entry is [m].
+        """What is known of the episodes that have ended in the environments `ended` ([m]), of their scores and whether
+        their hosts have diverged ([m] each); every entry is [m].
 
-        Test accuracies come from the test split; they are for reports and never enter observation or reward. `kind` is
-        an index into `contexts.KINDS`.
+        Points and test accuracies come from the test split; they are for reports and never enter observation or reward.
+        `kind` is an index into `contexts.KINDS`.
         """
         p = self.population
+        growth = self._kept_parameters()[ended] / p.host_parameters()[ended]
         return {
             "env": ended,
             "kind": self._kinds[ended],
+            "label_noise": p.context.label_noise[ended],
             "return": self._returns[ended],
             "length": p.epoch[ended],
-            "gain": score[ended],
-            "diverged": diverged[ended],
+            "gain": score,
+            "points": 100 * self._better(ended, diverged, "test") - RENT * growth,
+            "diverged": diverged,
             "germinated": self._counts[ended, Verb.GERMINATE],
             "fossilized": self._counts[ended, Verb.FOSSILIZE],
             "culled": self._counts[ended, Verb.CULL],
             "waited": self._counts[ended, Verb.WAIT],
-            "params_ratio": 1 + self._kept_parameters()[ended] / p.host_parameters()[ended],
+            "params_ratio": 1 + growth,
             "flops_ratio": self._flops_ratio()[ended],
             "validation_accuracy": p.accuracy(ended, "validation").cpu(),
             "test_accuracy": p.accuracy(ended, "test").cpu(),
-            "twin_validation_accuracy": self._twin[ended, -2],
-            "twin_test_accuracy": self._twin[ended, -1],
+            "twin_validation_accuracy": self._twin[ended, -4],
+            "twin_test_accuracy": self._twin[ended, -3],
         }
 
     # ---- state ----------------------------------------------------------------------------------------------------
@@ -289,12 +328,14 @@ class GrowthEnv:
         """Everything that the next steps depend on, as tensors in plain containers."""
         return {
             "population": self.population.state_dict(),
+            "accuracy": self._accuracy.state_dict(),
             **{name: getattr(self, name).clone() for name in self._STATE},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> GraphBatch:
         """Restores what `state_dict` returned; returns the observation at that point."""
         self.population.load_state_dict(state["population"])
+        self._accuracy.load_state_dict(state["accuracy"])
         for name in self._STATE:
             setattr(self, name, state[name].clone())
         return self._observe()

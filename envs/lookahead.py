@@ -15,6 +15,7 @@ from torch import Tensor
 
 from envs.config import EnvConfig
 from envs.growth_env import GrowthEnv, draw_context
+from envs.points import PARTS, RENT, Meter
 from esper.graph import GraphBatch
 from esper.growth.actions import WAIT, ActionLayout, Verb
 from esper.growth.conditions import NEVER
@@ -30,12 +31,6 @@ Future = Literal["none", "own", "drawn"]
 _BATCH = 384  # forks trained side by side
 
 
-RENT = 10.0
-"""Points of accuracy that 100 % more parameters cost, in reports and in what look-aheads maximise."""
-
-_AVERAGED = 3  # last epochs over which a look-ahead averages, against the noise of single epochs
-
-
 @dataclass
 class Outcome:
     """How episodes ended; each [m]. Points are percentages of accuracy, less RENT per 100 % more parameters."""
@@ -47,34 +42,6 @@ class Outcome:
     @staticmethod
     def cat(parts: list[Outcome]) -> Outcome:
         return Outcome(*(torch.cat([getattr(p, name) for p in parts]) for name in Outcome.__dataclass_fields__))
-
-
-class Meter:
-    """Trains a population and keeps the area under its accuracy curves over compute, for hosts scored by that.
-
-    Compute is counted in ungrown episodes and the area ends at 1, so that a grown host, whose epochs cost more, is done
-    earlier.
-    """
-
-    def __init__(self, population: Population, config: EnvConfig):
-        self._population, self._epochs = population, config.epochs
-        self.priced = population.context.priced
-        self.area = torch.zeros(2, population.hosts)  # on the validation and the test split
-
-    def train_epoch(self, evaluate: bool) -> None:
-        """One epoch."""
-        p = self._population
-        if not self.priced.any():
-            p.train_epoch(evaluate)
-            return
-        whole = self._epochs * p.host_flops()
-        spent = p.epoch / self._epochs + p.extra_flops / whole
-        p.train_epoch(evaluate)
-        now = p.epoch / self._epochs + p.extra_flops / whole
-        share = now.clamp(max=1) - spent.clamp(max=1)
-        everyone = torch.arange(p.hosts)
-        accuracy = torch.stack([p.accuracy(everyone, split).cpu() for split in ("validation", "test")])
-        self.area += share * accuracy
 
 
 def finish(
@@ -89,21 +56,15 @@ def finish(
     everyone = torch.arange(population.hosts)
     layout = ActionLayout(population.slots, len(population.catalogue))
     observer = Observer(population, config.epochs) if controller else None
-    meter = meter or Meter(population, config)
-    accuracies = []
-    for epoch in range(int(population.epoch[0]), config.epochs):
+    meter = meter or Meter(population, config.epochs)
+    for _ in range(int(population.epoch[0]), config.epochs):
         if controller and observer:
             layout.execute(population, controller.act(observer()).cpu())
         meter.train_epoch(evaluate=controller is not None)
-        if config.epochs - _AVERAGED <= epoch < config.epochs - 1:
-            accuracies.append(population.accuracy(everyone, "validation").cpu())
     diverged = population.diverged()  # before the seeds are gone that it may be due to
     population.remove_unfinished(torch.ones(population.hosts, dtype=torch.bool))
-    accuracies.append(population.accuracy(everyone, "validation").cpu())
     growth = population.seed_parameters(is_kept(population.lifecycle.stage)) / population.host_parameters()
-    value = torch.where(meter.priced, meter.area[0], torch.stack(accuracies).mean(0)).masked_fill(diverged, 0.0)
-    test = torch.where(meter.priced, meter.area[1], population.accuracy(everyone, "test").cpu())
-    test = test.masked_fill(diverged, 0.0)
+    value, test = (meter.accuracy(everyone, split).masked_fill(diverged, 0.0) for split in PARTS)
     return Outcome(100 * value - RENT * growth, 100 * test - RENT * growth, growth)
 
 
@@ -156,7 +117,7 @@ def tried(
             if future == "drawn":
                 fork.context = redrawn(fork.context, config, fork.epoch, salt)
             layout.execute(fork, actions[part])
-            acting, meter = None, Meter(fork, config)
+            acting, meter = None, Meter(fork, config.epochs)
             if controller:
                 # The action has been taken; the controller goes on from the next epoch.
                 meter.train_epoch(evaluate=True)

@@ -11,9 +11,12 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
+from envs.points import PARTS, Meter
 from esper.growth.context import Context
 from esper.growth.population import Population
 from esper.growth.state import PopulationSpec
+
+COLUMNS = 5  # of an episode besides its epochs
 
 _BATCH = 256  # twins trained side by side
 
@@ -41,17 +44,18 @@ class Twins:
         self._spec = PopulationSpec(**{**vars(spec), "measured": False})
         self._epochs, self._device, self._capacity = epochs, device, capacity
         # One tensor: one for each episode would take several times the memory of what is in it.
-        self._episodes = torch.zeros(capacity, epochs + 3)
+        self._episodes = torch.zeros(capacity, epochs + COLUMNS)
         self._places: OrderedDict[int, int] = OrderedDict()  # key -> row, oldest first
 
     def __call__(self, context: Context) -> Tensor:
-        """float32 [m, epochs + 3] on the CPU: validation losses at the start and after each epoch, then the accuracies
-        at the end on the validation and the test split. From the epoch on in which a twin diverges, its losses are inf.
+        """float32 [m, epochs + 5] on the CPU: validation losses at the start and after each epoch, then the accuracies
+        at the end on the validation and the test split, and those of `points.Meter`. From the epoch on in which a twin
+        diverges, its losses are inf, and its accuracies of `Meter` are 0.
 
         Contexts with the same key must be equal, as those drawn for one environment are.
         """
         keys = context.key.tolist()
-        episodes = torch.zeros(len(keys), self._epochs + 3)
+        episodes = torch.zeros(len(keys), self._epochs + COLUMNS)
         missing = [row for row, key in enumerate(keys) if key not in self._places]
         known = [row for row, key in enumerate(keys) if key in self._places]
         episodes[known] = self._episodes[[self._places[keys[row]] for row in known]]
@@ -71,11 +75,13 @@ class Twins:
         population.reset(everyone, context)
         start = population.validation_loss.cpu().nan_to_num(nan=torch.inf, posinf=torch.inf)
         losses, lost = [start], torch.zeros(len(context), dtype=torch.bool)
+        meter = Meter(population, self._epochs)
         for _ in range(self._epochs):
-            population.train_epoch()
+            meter.train_epoch()
             lost |= population.diverged()
             losses.append(population.validation_loss.cpu().masked_fill(lost, torch.inf))
-        accuracies = [population.accuracy(everyone, split).cpu() for split in ("validation", "test")]
+        accuracies = [population.accuracy(everyone, split).cpu() for split in PARTS]
+        accuracies += [meter.accuracy(everyone, split).masked_fill(lost, 0.0) for split in PARTS]
         return torch.stack(losses + accuracies, dim=1)
 
 

@@ -34,6 +34,7 @@ from envs.config import EnvConfig, load_config
 from envs.contexts import KINDS
 from envs.growth_env import draw_context, population_spec
 from envs.lookahead import Outcome, finish, germinations
+from envs.points import Meter
 from esper.growth.actions import ActionLayout
 from esper.growth.observation import Observer
 from esper.growth.population import Population
@@ -181,7 +182,7 @@ def look(instances: str, split: int, chunk: int, mode: str, margin: float) -> di
     config = config_of(instances)
     count = CHUNK["lookahead"]
     population = started(config, keys(split, chunk * count, count), False)
-    meter = lookahead.Meter(population, config)
+    meter = Meter(population, config.epochs)
     layout = ActionLayout(population.slots, len(population.catalogue))
     for epoch in range(config.epochs):
         if epoch >= FIRST and (epoch - FIRST) % EVERY == 0 and epoch < config.epochs - 2:

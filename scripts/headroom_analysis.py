@@ -48,25 +48,33 @@ def ridge(features: Tensor, blueprint: Tensor, gain: Tensor, blueprints: int) ->
     return torch.stack(rows)
 
 
-def neural(features: Tensor, blueprint: Tensor, gain: Tensor, blueprints: int) -> torch.nn.Module:
-    """A small network [m, F] -> [m, blueprints], the slot-shared scorer, by regression with early stopping."""
+class Neural(torch.nn.Module):
+    """A small network [m, F] -> [m, blueprints], the same for every slot, in points."""
+
+    def __init__(self, mean: Tensor, scale: Tensor, blueprints: int):
+        super().__init__()
+        self.mean, self.scale = mean, scale
+        self.network = torch.nn.Sequential(
+            torch.nn.Linear(len(mean), 64), torch.nn.GELU(), torch.nn.Linear(64, blueprints)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return 10 * self.network((features - self.mean) / self.scale)
+
+
+def neural(features: Tensor, blueprint: Tensor, gain: Tensor, blueprints: int) -> Neural:
+    """The neural scorer, by regression with early stopping."""
     torch.manual_seed(0)
-    mean, scale = features.mean(0), features.std(0).clamp(min=1e-3)
-    x, y = (features - mean) / scale, gain.clamp(-CLIPPED, CLIPPED) / 10
-    network = torch.nn.Sequential(torch.nn.Linear(x.shape[1], 64), torch.nn.GELU(), torch.nn.Linear(64, blueprints))
-    optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-    for _ in range(12 * len(x) // 256 + 1):
-        rows = torch.randint(len(x), (256,))
-        predicted = network(x[rows]).gather(1, blueprint[rows, None]).squeeze(1)
+    scorer = Neural(features.mean(0), features.std(0).clamp(min=1e-3), blueprints)
+    optimiser = torch.optim.AdamW(scorer.parameters(), lr=2e-3, weight_decay=0.05)
+    gain = gain.clamp(-CLIPPED, CLIPPED) / 10
+    for _ in range(12 * len(features) // 256 + 1):
+        rows = torch.randint(len(features), (256,))
+        predicted = scorer(features[rows]).gather(1, blueprint[rows, None]).squeeze(1) / 10
         optimiser.zero_grad()
-        torch.nn.functional.smooth_l1_loss(predicted, y[rows]).backward()
+        torch.nn.functional.smooth_l1_loss(predicted, gain[rows]).backward()
         optimiser.step()
-
-    class Scorer(torch.nn.Module):
-        def forward(self, raw: Tensor) -> Tensor:
-            return network((raw - mean) / scale) * 10
-
-    return Scorer()
+    return scorer
 
 
 def remember(instances: str, what: str, value: Any) -> None:

@@ -28,6 +28,7 @@ _RESAMPLES = 2000
 _BATCH = 64  # episodes side by side
 _ACCOUNTS = (
     "gain",
+    "points",
     "germinated",
     "fossilized",
     "culled",
@@ -54,18 +55,27 @@ class TamiyoController:
 
 
 def play(
-    controller: Controller, config: EnvConfig, episodes: int, seed: int, device: str, on_epoch: Callable[[int], None]
+    controller: Controller,
+    config: EnvConfig,
+    episodes: int | range,
+    seed: int,
+    device: str,
+    on_epoch: Callable[[int], None] = lambda done: None,
+    split: str = "heldout",
 ) -> dict[str, np.ndarray]:
-    """Plays held-out episodes; returns what `GrowthEnv.step` tells of each, in the order of the instances.
+    """Plays episodes; returns what `GrowthEnv.step` tells of each, in the order of the instances.
 
     Args:
+        episodes: instances of the seed, from the first on if a number is given.
         on_epoch: called with the number of host epochs done, after each step.
+        split: of the instances, as for GrowthEnv.
     """
+    chosen = range(episodes) if isinstance(episodes, int) else episodes
     collected: list[dict[str, torch.Tensor]] = []
     done = 0
-    for first in range(0, episodes, _BATCH):
-        count = min(_BATCH, episodes - first)
-        env = GrowthEnv(config, count, split="heldout", autoreset=False, device=device)
+    for first in range(chosen.start, chosen.stop, _BATCH):
+        count = min(_BATCH, chosen.stop - first)
+        env = GrowthEnv(config, count, split=split, autoreset=False, device=device)
         # Instance i of seed s is the same whatever the number of episodes and the batch.
         graph = env.reset(seed * 1_000_003 + torch.arange(first, first + count))
         if isinstance(controller, LookAhead):

@@ -6,6 +6,7 @@ What is done with it (episodes, training, evaluation) lives in `population` and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -65,6 +66,60 @@ class PopulationSpec:
     engine: str = "auto"
 
 
+@dataclass(frozen=True)
+class _Tables:
+    """What follows from specs alone: layouts of parameters, and costs at every width.
+
+    Attributes:
+        layer: [P], the layer of each entry of theta: 0 the stem, 1 .. stages, stages + 1 the head.
+        in_layer: the same, one-hot: [P, layers].
+        layer_sizes: float32 [width + 1, layers], parameters of each layer at each width.
+        layer_flops: float32 [width + 1, layers].
+        seed_sizes: int64 [width + 1, K].
+        seed_flops: float32 [width + 1, K].
+    """
+
+    host: ParameterTable
+    seeds: list[ParameterTable]
+    seed_names: list[list[str]]
+    layer: Tensor
+    in_layer: Tensor
+    layer_sizes: Tensor
+    layer_flops: Tensor
+    seed_sizes: Tensor
+    seed_flops: Tensor
+
+
+@cache  # every population of the same kind, forks included, reads the same tables
+def _tables(host: HostSpec, catalogue: tuple[Blueprint, ...], zero_output: bool, device: torch.device) -> _Tables:
+    widths = range(host.width + 1)
+    table = ParameterTable(host.parameters, host.width).to(device)
+    seeds = []
+    for blueprint in catalogue:
+        # What does not fit is never germinated, and gets room for a width of 1.
+        fits = blueprint.fits(host.site)
+
+        def specs(width: int, blueprint: Blueprint = blueprint) -> list[ParameterSpec]:
+            return list(blueprint.parameters(host.site_of(width)).values())
+
+        seeds.append(ParameterTable(specs, host.width if fits else 1, zero_output).to(device))
+    layer = torch.tensor([i // 2 for i, p in enumerate(table.specs) for _ in range(p.size)])
+    in_layer = F.one_hot(layer, host.layers).float()
+    sizes = [[b.parameter_count(host.site_of(w)) if w else 0 for b in catalogue] for w in widths]
+    flops = [[b.flops(host.site_of(w)) if w else 0 for b in catalogue] for w in widths]
+    return _Tables(
+        host=table,
+        seeds=seeds,
+        seed_names=[list(b.parameters(host.site)) for b in catalogue],
+        layer=layer,
+        in_layer=in_layer.to(device),
+        layer_sizes=table.owned.cpu() @ in_layer,
+        layer_flops=torch.tensor([host.flops(w) for w in widths], dtype=torch.float32),
+        seed_sizes=torch.tensor(sizes),
+        seed_flops=torch.tensor(flops, dtype=torch.float32),
+    )
+
+
 class PopulationState:
     """Every tensor of N hosts, their slots and their seeds.
 
@@ -86,7 +141,11 @@ class PopulationState:
         self.data = spec.data.to(device)
         self.device = torch.device(device)
         self.hosts, self.slots = hosts, host.stages
-        self._tables()
+        tables = _tables(host, tuple(self.catalogue), spec.lifecycle.zero_init, self.device)
+        self.table, self.seed_tables, self.seed_names = tables.host, tables.seeds, tables.seed_names
+        self.layer, self.in_layer = tables.layer, tables.in_layer
+        self.layer_sizes, self.layer_flops = tables.layer_sizes, tables.layer_flops
+        self.seed_sizes, self.seed_flops = tables.seed_sizes, tables.seed_flops
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -112,36 +171,6 @@ class PopulationState:
         self.extra_flops = torch.zeros(hosts)  # multiply-adds per sample, summed over epochs, culled seeds included
         self.statistics = Statistics.empty(hosts, host, len(self.catalogue), device)
         self.validation_loss = zeros(hosts)
-
-    def _tables(self) -> None:
-        """What follows from the specs alone: layouts of parameters, and costs at every width."""
-        host, widths = self.spec, range(self.spec.width + 1)
-        self.table = ParameterTable(host.parameters, host.width).to(self.device)
-        self.seed_tables: list[ParameterTable] = []
-        self.seed_names = [list(b.parameters(host.site)) for b in self.catalogue]
-        for blueprint in self.catalogue:
-            # What does not fit is never germinated, and gets room for a width of 1.
-            fits = blueprint.fits(host.site)
-
-            def specs(width: int, blueprint: Blueprint = blueprint) -> list[ParameterSpec]:
-                return list(blueprint.parameters(host.site_of(width)).values())
-
-            table = ParameterTable(specs, host.width if fits else 1, self.lifecycle_spec.zero_init)
-            self.seed_tables.append(table.to(self.device))
-        # [P], the layer of each entry of theta: 0 the stem, 1 .. stages, stages + 1 the head.
-        layer = [i // 2 for i, p in enumerate(self.table.specs) for _ in range(p.size)]
-        self.layer = torch.tensor(layer)
-        in_layer = F.one_hot(self.layer, host.layers).float()
-        self.in_layer = in_layer.to(self.device)  # [P, layers]
-        # float32 [width + 1, layers], parameters of each layer at each width.
-        self.layer_sizes = self.table.owned.cpu() @ in_layer
-        self.layer_flops = torch.tensor([host.flops(w) for w in widths], dtype=torch.float32)
-        self.seed_sizes = torch.tensor(
-            [[b.parameter_count(host.site_of(w)) if w else 0 for b in self.catalogue] for w in widths]
-        )  # int64 [width + 1, K]
-        self.seed_flops = torch.tensor(
-            [[b.flops(host.site_of(w)) if w else 0 for b in self.catalogue] for w in widths], dtype=torch.float32
-        )
 
     # ---- sizes and costs ------------------------------------------------------------------------------------------
 

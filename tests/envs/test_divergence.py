@@ -7,7 +7,8 @@ import torch
 
 from envs import twins
 from envs.growth_env import draw_context, population_spec
-from envs.lookahead import RENT, finish
+from envs.lookahead import finish
+from envs.points import RENT
 from envs.reward import LOWEST
 from envs.twins import Twins
 from esper.growth.actions import Verb

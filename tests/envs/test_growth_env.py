@@ -275,4 +275,4 @@ def test_the_test_split_enters_neither_observation_nor_reward(play, monkeypatch,
             assert play.same_graph(info["final_graph"], wrong_info["final_graph"]) == []
             episodes, wrong_episodes = info["episodes"], wrong_info["episodes"]
             changed = {name for name in episodes if not torch.equal(episodes[name], wrong_episodes[name])}
-            assert changed == {"test_accuracy", "twin_test_accuracy"}
+            assert changed == {"points", "test_accuracy", "twin_test_accuracy"}

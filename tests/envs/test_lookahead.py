@@ -8,7 +8,8 @@ import torch
 from envs import lookahead
 from envs.contexts import KINDS
 from envs.growth_env import GrowthEnv, draw_context, population_spec
-from envs.lookahead import LookAhead, Meter, best, finalists, finish, germinations, redrawn, tried
+from envs.lookahead import LookAhead, best, finalists, finish, germinations, redrawn, tried
+from envs.points import Meter
 from esper.growth.actions import WAIT, ActionLayout, Verb
 from esper.growth.conditions import DECOYS, DEFECTS, NEVER, STRIKES, Condition
 from esper.growth.context import Context
@@ -184,10 +185,10 @@ def priced(made):
 def test_the_area_of_ungrown_hosts_is_the_mean(made, monkeypatch):
     population, config = priced(made)
     hand_accuracies(population, CURVES, monkeypatch)
-    meter = Meter(population, config)
+    meter = Meter(population, config.epochs)
     for _ in range(4):
         meter.train_epoch(evaluate=False)
-    assert meter.area.tolist() == [pytest.approx([0.375] * 2), pytest.approx([0.225] * 2)]
+    assert meter.area.tolist() == [pytest.approx([0.375, 0.225])] * 2
 
 
 def test_the_area_of_grown_hosts_by_hand(made, monkeypatch):

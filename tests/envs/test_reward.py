@@ -370,3 +370,88 @@ def test_shaping_by_hand(play):
         potential = 0.9 * ((1.5 + 0.1 * epoch - env.population.validation_loss) / GAP).clamp(-1, 1.5)
         torch.testing.assert_close(reward, potential - last, rtol=0, atol=1e-6)
         last = potential
+
+
+# ---- by accuracy --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mixture", "growth"])
+def test_return_by_accuracy_against_accuracies_as_they_go_along(play, kind):
+    """What is paid and reported, against accuracies that are asked for after each epoch, of the hosts and of others
+    that nothing is done to."""
+    config = play.config(contexts=kind, reward={"measure": "accuracy", "rent": 0.2, "flops": 0.0})
+    everyone, found = torch.arange(6), {}
+    for name in ("host", "twin"):
+        env = GrowthEnv(config, 6, autoreset=False)
+        env.reset(everyone)
+        hosts, curves, spent = env.population, [], [torch.zeros(6)]
+        for epoch in range(6):
+            # What is germinated at the start has been blended by the end, so that nothing is removed then.
+            grow = name == "host" and epoch == 0
+            action = env.layout.index(Verb.GERMINATE, 1, MLP) if grow else env.layout.index(Verb.WAIT)
+            _, paid, _, _, info = env.step(torch.full((6,), action))
+            curves.append(torch.stack([hosts.accuracy(everyone, split) for split in ("validation", "test")]))
+            spent.append((hosts.epoch + hosts.extra_flops / hosts.host_flops()) / 6)
+        curve, share = torch.stack(curves), torch.stack(spent).clamp(max=1).diff(dim=0)
+        area, late = (share[:, None] * curve).sum(0), torch.stack([curve[-3:, 0].mean(0), curve[-1, 1]])
+        found[name] = torch.where(hosts.context.priced, area, late)
+        if name == "host":
+            got, episodes = paid, info["episodes"]
+    growth, better = episodes["params_ratio"] - 1, found["host"] - found["twin"]
+    torch.testing.assert_close(got, better[0] - 0.2 * growth, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(episodes["points"], 100 * better[1] - 10 * growth, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(episodes["gain"], better[0], atol=1e-6, rtol=1e-5)
+    assert growth.min() > 0
+    assert better.abs().max() > 0.01
+
+
+def test_the_measure_is_checked(play):
+    with pytest.raises(ConfigError, match=r"env.reward.measure=f1: choose one of loss, accuracy"):
+        play.config(reward={"measure": "f1"})
+
+
+# ---- foresight ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("measure", ["accuracy", "loss"])
+@pytest.mark.parametrize("kind", ["mixture", "growth"])
+def test_foresight_pays_the_same_return_earlier(play, measure, kind):
+    """Each reward is what the action gains if nothing is done after it; their sums are those without foresight."""
+    paid = {}
+    for foresight in (False, True):
+        reward = {"measure": measure, "foresight": foresight}
+        env = play.env(8, contexts=kind, autoreset=False, reward=reward)
+        if not foresight:
+            # What an action gains, by environments that go through the same steps.
+            other, gains, now = play.env(8, contexts=kind, autoreset=False, reward=reward), [], None
+        steps = []
+        for _ in range(6):
+            actions = play.choose(env, list("abcdefgh"))
+            if not foresight:
+                waited = other.fork(torch.arange(8), future=True).played_out(torch.zeros_like(actions))
+                acted = other.fork(torch.arange(8), future=True).played_out(actions)
+                gains.append(acted - waited)
+                now = waited if now is None else now
+                other.step(actions)
+            steps.append(env.step(actions)[1])
+        paid[foresight] = torch.stack(steps)
+    torch.testing.assert_close(paid[True], torch.stack(gains), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(paid[True].sum(0), paid[False].sum(0), atol=1e-5, rtol=1e-4)
+    assert now.abs().max() < 1e-6  # a host that is left alone is its twin
+    assert (paid[True][:-1] != 0).sum() > 10
+
+
+def test_foresight_goes_on_from_a_saved_state(play):
+    reward = {"measure": "accuracy", "foresight": True}
+    env = play.env(4, autoreset=False, reward=reward)
+    play.run(env, 3, list("abcd"))
+    again = play.env(4, autoreset=False, reward=reward)
+    again.load_state_dict(env.state_dict())
+    rewards = [torch.stack([step[1] for step in play.run(each, 3, list("abcd"))]) for each in (env, again)]
+    assert torch.equal(*rewards)
+    assert rewards[0].abs().max() > 0
+
+
+def test_foresight_takes_no_other_shaping(play):
+    with pytest.raises(ConfigError, match=r"reward.shaping=0.5: must be 0 with env.reward.foresight"):
+        play.config(reward={"foresight": True, "shaping": 0.5})
