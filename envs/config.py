@@ -28,16 +28,16 @@ class HostConfig:
     stages: list[int] = MISSING
 
 
-MEASURES = ("loss", "accuracy")
+MEASURES = ("accuracy", "loss")
 
 
 @dataclass
 class RewardConfig:
     """What an episode is rewarded for."""
 
-    measure: str = "loss"  # improvement over the twin in validation loss, or in validation "accuracy"
-    rent: float = 0.1  # lambda: price of the parameters kept; loss: on a log scale; accuracy: of 100 % more
-    flops: float = 0.05  # mu: price of the compute spent on seeds, culled ones included
+    measure: str = "accuracy"  # improvement over the twin in validation accuracy, or in validation "loss"
+    rent: float = 0.1  # lambda: price of the parameters kept; accuracy: of 100 % more; loss: on a log scale
+    flops: float = 0.0  # mu: price of the compute spent on seeds, culled ones included
     shaping: float = 0.0  # weight of the potential-based shaping by the loss
     foresight: bool = False  # shaping by forks: an action is paid at once what it gains if nothing is done after it
 

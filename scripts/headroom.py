@@ -39,7 +39,7 @@ from esper.growth.actions import ActionLayout
 from esper.growth.observation import Observer
 from esper.growth.population import Population
 from esper.growth.state import PopulationSpec
-from esper.runtime import seeding
+from esper.runtime import precision, seeding
 from esper.tamiyo import baselines
 from esper.tamiyo.baselines.linear import features
 from trainers.progress import Reporter
@@ -248,7 +248,7 @@ def large(config: EnvConfig, key: Tensor) -> dict[str, Tensor]:
 
 
 def _work(function: Callable[..., dict[str, Tensor]], arguments: tuple, path: Path) -> None:
-    torch.set_num_threads(1)
+    precision.set_up("cpu")
     found = function(*arguments)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(found, path.with_suffix(".part"))

@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 
 import hydra
-import torch
 from omegaconf import DictConfig, OmegaConf
 
+from esper.runtime import precision
 from esper.runtime.errors import ConfigError
 from trainers import benchmarks, cli, config
 from trainers.benchmarks import timing
@@ -41,7 +41,7 @@ def _main(given: DictConfig) -> None:
     settings.validate()
     suite = benchmarks.get(settings.suite)
     path = _output(settings.out)
-    torch.set_num_threads(settings.runtime.threads)
+    precision.set_up(settings.runtime.device, settings.runtime.threads)
     machine, started = timing.machine(settings.runtime.device), datetime.now().astimezone()
     report = suite(settings)
     content = {

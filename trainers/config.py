@@ -119,14 +119,47 @@ class EvaluationConfig:
 
 
 @dataclass
+class WarmStartConfig:
+    """Regression on what single actions gain, before PPO."""
+
+    episodes: int = 0  # random episodes in which actions are tried on forks; 0: no warm start
+    tried: int = 4  # actions at each decision
+    epochs: int = 8  # passes over the decisions
+    batch_size: int = 128  # decisions
+    lr: float = 2e-3  # highest of one cycle
+    temperature: float = 0.015  # return by which a prediction must be larger for the action to be e times as probable
+    caution: float = 3.0  # added to the logit of WAIT
+
+    def validate(self, env: BaseEnvConfig) -> None:
+        """Checks the values against an environment.
+
+        Raises:
+            ConfigError: names the key, the value and the remedy.
+        """
+        if self.episodes < 0:
+            raise ConfigError(f"warm_start.episodes={self.episodes}: must not be negative")
+        if self.episodes:
+            if not isinstance(env, EnvConfig):
+                raise ConfigError(
+                    f"warm_start.episodes={self.episodes}: env={env.name} has no hosts to fork; set it to 0"
+                )
+            if env.epochs < 3:
+                raise ConfigError(f"env.epochs={env.epochs}: a warm start needs at least 3; set warm_start.episodes=0")
+        names = ("tried", "epochs", "batch_size", "lr", "temperature")
+        check_positive("warm_start", {name: getattr(self, name) for name in names})
+
+
+@dataclass
 class TrainConfig:
     """`python -m trainers.train`."""
 
     seed: int = 1
     output_dir: str = "runs"
     resume: str | None = None
+    init: str | None = None  # a run directory, checkpoint file or shipped policy whose parameters training starts from
     env: BaseEnvConfig = field(default_factory=BaseEnvConfig)  # of the class that conf/env names
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -142,6 +175,11 @@ class TrainConfig:
             raise ConfigError(f"seed={self.seed}: must not be negative")
         self.env.validate()
         self.policy.validate()
+        self.warm_start.validate(self.env)
+        if self.warm_start.episodes and self.init is not None:
+            raise ConfigError(
+                f"init={self.init}: warm_start.episodes={self.warm_start.episodes} would undo it; set it to 0"
+            )
         self.ppo.validate()
         self.runtime.validate()
         check_positive("checkpoint", vars(self.checkpoint))
@@ -158,7 +196,7 @@ class TrainConfig:
 class EvaluateConfig(EvaluationConfig):
     """`python -m trainers.evaluate`."""
 
-    checkpoint: str = MISSING  # a run directory or a checkpoint file
+    checkpoint: str = MISSING  # a run directory, a checkpoint file, or a shipped policy
     env: BaseEnvConfig | None = None  # another environment; default: the one it was trained on
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import hydra
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from envs.config import EnvConfig
 from envs.growth_env import GrowthEnv
 from envs.making import make_envs, saved_env_config
-from esper.runtime import checkpoint
+from esper.runtime import checkpoint, precision
 from esper.runtime.errors import ConfigError
-from esper.tamiyo.loading import interface_of, load_state, policy_of
+from esper.tamiyo.loading import PRETRAINED, interface_of, load_state, policy_of
 from trainers import cli, config, judging
 from trainers.config import EvaluateConfig
 
@@ -41,15 +42,25 @@ def _main(given: DictConfig) -> None:
             f"env={env.name}: its graphs or actions differ from those that {settings.checkpoint} was trained on; "
             "evaluate it on an environment of the same kind and sizes"
         )
-    torch.set_num_threads(settings.runtime.threads)
+    precision.set_up(settings.runtime.device, settings.runtime.threads)
     policy = policy_of(state, settings.runtime.device, f"checkpoint={settings.checkpoint}")
     learned = {} if growth else state["env"]["learned"]
-    report = judging.evaluate(policy, env, settings, settings.runtime.device, str(path), learned)
-    run_dir = path.parent.parent if path.parent.name == checkpoint.FOLDER else path.parent
-    judging.write(report, run_dir / "eval")
+    label, folder = _place(path, state, env.name)
+    report = judging.evaluate(policy, env, settings, settings.runtime.device, label, learned)
+    judging.write(report, folder)
     console = cli.console()
     console.print(judging.table(report))
-    console.print(f"report: {run_dir / 'eval' / 'report.md'} and report.json", soft_wrap=True, highlight=False)
+    console.print(f"report: {folder / 'report.md'} and report.json", soft_wrap=True, highlight=False)
+
+
+def _place(path: Path, state: dict[str, Any], env: str) -> tuple[str, Path]:
+    """What the report calls a checkpoint, and the folder it goes to: that of its run. A shipped policy has none, and
+    nothing is written into the package that it may lie in."""
+    if (card := state.get("card")) is not None:
+        # The fingerprint tells scripts/ship.py that a report is of the very parameters whose card it goes on.
+        return f"{path.stem} {card['fingerprint']}", Path("runs") / PRETRAINED / path.stem / env / "eval"
+    run_dir = path.parent.parent if path.parent.name == checkpoint.FOLDER else path.parent
+    return str(path), run_dir / "eval"
 
 
 def main() -> None:

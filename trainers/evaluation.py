@@ -161,13 +161,13 @@ def scalars(report: dict[str, Any]) -> dict[str, float]:
 
 
 POLICY = TAMIYO
-HEADINGS = ("controller", "return (IQM)", "Tamiyo minus it", "P(better)", "accuracy", "size")
+HEADINGS = ("controller", "return (IQM)", "Tamiyo minus it", "P(better)", "points", "size")
 LEGEND = (
     "",
-    "Returns are on validation data: 0 is the ungrown twin, 1 what starting with a wide host would bring, less",
-    "rent and compute. Brackets are 95 % bootstrap intervals of the interquartile mean over instances. P(better)",
-    "is the share of instances on which Tamiyo scores higher (ties count half); accuracy is what growing added on",
-    "the test split, in points; size is the grown host's parameters over the ungrown one's.",
+    "Returns are on validation data, 0 is the ungrown twin. Brackets are 95 % bootstrap intervals of the",
+    "interquartile mean over instances. P(better) is the share of instances on which Tamiyo scores higher (ties count",
+    "half); points are what growing added to the accuracy on the test split in percent, less 10 for 100 % more",
+    "parameters, in the mean; size is the grown host's parameters over the ungrown one's.",
 )
 
 
@@ -189,7 +189,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
                 _figure(row),
                 versus,
                 better,
-                f"{100 * (row['test_accuracy'] - row['twin_test_accuracy']):+.1f}",
+                f"{row['points']:+.1f}",
                 f"x{row['params_ratio']:.2f}",
             )
         )

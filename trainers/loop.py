@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from envs.adapter import AdaptedEnv
+from envs.config import EnvConfig
 from envs.making import make_envs
 from esper.graph.interface import GROWTH
 from esper.runtime import checkpoint, precision, seeding
@@ -23,9 +24,10 @@ from esper.runtime.telemetry import Telemetry
 from esper.simic.learner import Simic
 from esper.simic.rollout import Rollout
 from esper.tamiyo.actor import Actor
-from esper.tamiyo.loading import check_parameters
+from esper.tamiyo.loading import check_parameters, interface_of, load_state, policy_of
 from esper.tamiyo.policies import make_policy
-from trainers import judging
+from esper.tamiyo.policy import Tamiyo
+from trainers import judging, warm_start
 from trainers.config import TrainConfig
 from trainers.preemption import Preemption, Stop
 from trainers.progress import Reporter
@@ -58,11 +60,12 @@ class Trainer:
     def __init__(self, config: TrainConfig, run_dir: Path, state: dict[str, Any] | None = None):
         self.config, self.run_dir = config, run_dir
         device = config.runtime.device
-        torch.set_num_threads(config.runtime.threads)
-        precision.set_up(device)
+        precision.set_up(device, config.runtime.threads)
         seeding.seed_everything(config.seed)
         self.env = make_envs(config.env, config.env.num_envs, device=device)
         self.policy = make_policy(config.policy, self.env.interface).to(device)
+        if config.init is not None and state is None:
+            self._start_from(config.init)
         runtime, acting = config.runtime, config.runtime.actor_device or device
         self.learner = Simic(
             self.policy, config.ppo, config.seed, runtime.precision, runtime.guard("update step", device)
@@ -70,6 +73,7 @@ class Trainer:
         self.actor = Actor(self.policy, config.seed, guard=runtime.guard("actor", acting), device=acting)
         self.rollout = Rollout(config.ppo.num_steps, config.env.num_envs, device)
         self.step, self.iteration = 0, 0
+        self.warm = not config.warm_start.episodes  # there is nothing to be done before PPO
         self.window: deque[dict[str, float]] = deque(maxlen=_WINDOW)
         if state is None:
             # Runs with neighbouring seeds must not share instances, as plain seed + k would make them.
@@ -81,6 +85,21 @@ class Trainer:
         self._saved, self._saved_at = self.step if state else -1, time.monotonic()
         self._saving_s = 0.0  # what the last snapshot and its file took
         self._best = self._best_score()
+
+    def _start_from(self, given: str) -> None:
+        """Takes over the parameters of the policy that the user named as `init`.
+
+        Raises:
+            ConfigError: there is none, or it is of another kind.
+        """
+        _, state = load_state(given, "init")
+        if interface_of(state) != self.env.interface:
+            raise ConfigError(
+                f"init={given}: its graphs or actions differ from those of env={self.config.env.name}; choose a policy "
+                "that was trained on an environment of the same kind and sizes"
+            )
+        check_parameters(self.policy, state, f"init={given}")
+        self.policy.load_state_dict(policy_of(state, origin=f"init={given}").state_dict())
 
     @property
     def steps_per_iteration(self) -> int:
@@ -101,6 +120,8 @@ class Trainer:
             telemetry = Telemetry(self.run_dir, resumed_at)
         self.keep()
         try:
+            if not self.warm:
+                self._warm_start(preemption)
             self._train(telemetry, preemption)
         except Stop as stop:
             raise Preempted(f"stopped by {stop.name}; {self._kept()}") from stop
@@ -117,6 +138,16 @@ class Trainer:
         finally:
             with self._files_guarded("close the logs"):
                 telemetry.close()
+
+    def _warm_start(self, preemption: Preemption) -> None:
+        assert isinstance(self.policy, Tamiyo)
+        assert isinstance(self.config.env, EnvConfig)
+        with self._files_guarded("warm start"):
+            warm_start.run(self.policy, self.config.env, self.config.warm_start, self.config.seed, self.run_dir)
+        self.warm = True
+        with preemption.held():
+            self.keep()
+            self.save()
 
     def _train(self, telemetry: Telemetry, preemption: Preemption) -> None:
         total = self.config.ppo.total_steps
@@ -280,6 +311,7 @@ class Trainer:
             "config": asdict(self.config),
             "step": self.step,
             "iteration": self.iteration,
+            "warm": self.warm,
             "window": list(self.window),
             "learner": self.learner.state_dict(),
             "actor_generator": self.actor.generator.get_state(),
@@ -295,7 +327,7 @@ class Trainer:
                 "resume it with the version that wrote it"
             )
         check_parameters(self.policy, state, f"resume={self.run_dir}")
-        self.step, self.iteration = state["step"], state["iteration"]
+        self.step, self.iteration, self.warm = state["step"], state["iteration"], state["warm"]
         self.window.extend(state["window"])
         self.learner.load_state_dict(state["learner"])
         self.actor.generator.set_state(state["actor_generator"])

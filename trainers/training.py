@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 # What a resumed run may not change, since its parameters, its instances or its state would no longer fit; and what of
 # that it may.
-_FIXED = ("env", "policy", "seed", "ppo.normalize_returns")
+_FIXED = ("env", "policy", "seed", "init", "warm_start", "ppo.normalize_returns")
 _FREE = ("env.subprocess", "env.timeout_s")
 
 

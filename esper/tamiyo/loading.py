@@ -1,8 +1,13 @@
-"""From a checkpoint to a policy that can be used."""
+"""From a checkpoint, or the name of a policy that Esper ships, to a policy that can be used.
+
+Shipped policies are the files `esper/pretrained/*.pt`: checkpoints that `scripts/ship.py` has cut down to what a policy
+needs.
+"""
 
 from __future__ import annotations
 
 from dataclasses import fields
+from importlib import resources
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,20 +21,63 @@ from esper.runtime.errors import ConfigError
 from esper.tamiyo.policies import make_policy
 from esper.tamiyo.policy import GraphPolicy, PolicyConfig
 
+PRETRAINED = "pretrained"
+"""Means the policy DEFAULT where a checkpoint is asked for; also the folder of the shipped policies."""
+DEFAULT = "tamiyo_small"
+_RETRAIN = "retrain with `python -m trainers.train experiment=study`, then `python scripts/ship.py RUN_DIR`"
+_PARTS = ("schema_hash", "config", "learner")  # of a state, that a policy is made of
+
+
+def pretrained_names() -> list[str]:
+    """The policies that Esper ships."""
+    return sorted(file.stem for file in _folder().glob("*.pt"))
+
+
+def _folder() -> Path:
+    return Path(str(resources.files("esper"))) / PRETRAINED
+
 
 def load_state(given: str | PathLike[str], key: str = "path") -> tuple[Path, dict[str, Any]]:
-    """Path and state of the checkpoint that the user named by a file or a run directory.
+    """Path and state of the checkpoint that the user named by a file, a run directory or the name of a shipped policy.
 
     Args:
-        given: as the user wrote it.
+        given: as the user wrote it; a path that exists wins over a name.
         key: what the user gave it as, for messages.
 
     Raises:
         ConfigError: there is none, or it is not usable.
     """
-    path = Path(given)
+    path, state = _read(given, key)
+    if interface_of(state).schema.hash != state["schema_hash"]:
+        remedy = _RETRAIN if "card" in state else "train it anew"
+        raise ConfigError(f"{key}={given}: its graph schema differs from this version's; {remedy}")
+    return path, state
+
+
+def card(name: str | PathLike[str]) -> dict[str, Any]:
+    """What is known of a shipped policy: what it was trained on, how, its scores and its limits.
+
+    Raises:
+        ConfigError: there is no such policy, or it is not a shipped one.
+    """
+    path, state = _read(name, "name")
+    if "card" not in state:
+        raise ConfigError(f"name={name}: {path} has no card; only what scripts/ship.py has written has one")
+    found: dict[str, Any] = state["card"]
+    return found
+
+
+def _read(given: str | PathLike[str], key: str) -> tuple[Path, dict[str, Any]]:
+    """As `load_state`, whatever the schema."""
+    path, names = Path(given), pretrained_names()
     if not path.exists():
-        raise ConfigError(f"{key}={given}: no such file or directory; give a run directory or a checkpoint file")
+        name = DEFAULT if str(given) == PRETRAINED else str(given)
+        if name not in names:
+            shipped = f", or the name of a shipped policy ({', '.join(names)})" if names else ""
+            raise ConfigError(
+                f"{key}={given}: no such file or directory; give a run directory or a checkpoint file{shipped}"
+            )
+        path = _folder() / f"{name}.pt"
     try:
         if path.is_dir():
             path, state, _ = checkpoint.latest(path)
@@ -37,8 +85,8 @@ def load_state(given: str | PathLike[str], key: str = "path") -> tuple[Path, dic
             state = checkpoint.read(path)
     except checkpoint.CheckpointError as error:
         raise ConfigError(f"{key}={given}: {error}") from error
-    if interface_of(state).schema.hash != state["schema_hash"]:
-        raise ConfigError(f"{key}={given}: its graph schema differs from this version's; train it anew")
+    if missing := [part for part in _PARTS if part not in state]:
+        raise ConfigError(f"{key}={given}: {path} holds no policy (it has no {', '.join(missing)})")
     return path, state
 
 
@@ -89,7 +137,8 @@ def policy_of(state: dict[str, Any], device: torch.device | str = "cpu", origin:
 
 
 def load_policy(path: str | PathLike[str], device: torch.device | str = "cpu") -> GraphPolicy:
-    """The trained policy in a run directory (its newest whole checkpoint) or in a checkpoint file, in eval mode.
+    """The trained policy in a run directory (its newest whole checkpoint), in a checkpoint file, or that Esper ships
+    under a name, in eval mode.
 
     Raises:
         ConfigError: there is no usable checkpoint; the message says why.

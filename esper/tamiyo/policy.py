@@ -159,6 +159,19 @@ class Tamiyo(GraphPolicy):
         pooled = torch.cat([whole, masked_mean(x["slot"], node_mask["slot"])], dim=1)
         return logits, self.value(pooled).squeeze(-1)
 
+    @torch.no_grad()
+    def act_on_gains(self, sharpness: float, caution: float) -> None:
+        """Turns logits that predict what actions gain over WAIT into those of a policy that chooses by them.
+
+        Args:
+            sharpness: what logits are multiplied with.
+            caution: what is added to WAIT's, since the many that gain nothing would else outweigh it.
+        """
+        for head in (self.wait, self.germinate, self.tend):
+            head.weight.mul_(sharpness)
+            head.bias.mul_(sharpness)
+        self.wait.bias.add_(caution)
+
     def auxiliary(self, x: dict[str, Tensor]) -> Tensor:
         """[B, S], each slot's contribution at the next observation."""
         return self.contribution(x["slot"]).squeeze(-1)

@@ -35,6 +35,7 @@ class Play:
     @classmethod
     def config(cls, name: str = "segment", contexts: str | None = None, **overrides: Any) -> EnvConfig:
         given = {**cls.SHORT, **overrides}
+        given["reward"] = {"measure": "loss", "flops": 0.05, **given.get("reward", {})}
         key = repr((name, contexts, given))
         if key not in cls._known:
             cls._known[key] = load_config(name, contexts, **given)

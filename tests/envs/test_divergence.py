@@ -243,7 +243,7 @@ def test_a_fork_that_diverges_is_worth_nothing(play, kind, engine):
 
 
 def test_gymnasium_s_single_environment_ends_early():
-    env = gymnasium.make("envs:esper/Segment-v0", **SHORT)
+    env = gymnasium.make("envs:esper/Segment-v0", reward={"measure": "loss"}, **SHORT)
     env.reset(seed=1)
     env.step(0)
     env.unwrapped.growth.population.theta[0, 0] = NAN
@@ -255,7 +255,7 @@ def test_gymnasium_s_single_environment_ends_early():
 
 
 def test_gymnasium_s_vector_tells_which_one():
-    env = gymnasium.make_vec("envs:esper/Segment-v0", num_envs=3, **SHORT)
+    env = gymnasium.make_vec("envs:esper/Segment-v0", num_envs=3, reward={"measure": "loss"}, **SHORT)
     env.reset(seed=1)
     env.unwrapped.growth.population.theta[VICTIM, 0] = NAN
     observation, reward, terminated, _, info = env.step(np.zeros(3, dtype=np.int64))
@@ -274,3 +274,15 @@ def test_accuracy_of_what_is_not_a_number_is_nought(play, monkeypatch):
         accuracy = population.accuracy(torch.arange(2), "validation")
         assert accuracy[0] == 0
         assert accuracy[1] > 0
+
+
+def test_by_accuracy_a_diverged_host_scores_as_if_it_were_always_wrong(play):
+    env = play.env(3, autoreset=False, reward={"measure": "accuracy", "flops": 0.0})
+    env.step(torch.zeros(3, dtype=torch.int64))
+    env.population.theta[VICTIM, 0] = NAN
+    _, reward, terminated, _, info = env.step(torch.zeros(3, dtype=torch.int64))
+    assert terminated.tolist() == [row == VICTIM for row in range(3)]
+    validation, test = env.twin_accuracies()
+    assert float(reward[VICTIM]) == pytest.approx(-float(validation[VICTIM]))
+    assert float(info["episodes"]["points"][0]) == pytest.approx(-100 * float(test[VICTIM]), rel=1e-5)
+    assert float(test[VICTIM]) > 0.1

@@ -406,7 +406,7 @@ def test_return_by_accuracy_against_accuracies_as_they_go_along(play, kind):
 
 
 def test_the_measure_is_checked(play):
-    with pytest.raises(ConfigError, match=r"env.reward.measure=f1: choose one of loss, accuracy"):
+    with pytest.raises(ConfigError, match=r"env.reward.measure=f1: choose one of accuracy, loss"):
         play.config(reward={"measure": "f1"})
 
 

@@ -6,7 +6,7 @@ import torch
 from envs import tasks, twins
 from envs.contexts import KINDS
 from envs.growth_env import GrowthEnv, draw_context, population_spec
-from envs.twins import Twins
+from envs.twins import COLUMNS, Twins
 from esper.growth.population import Population
 from esper.runtime import seeding
 
@@ -39,12 +39,14 @@ def test_a_twin_is_the_host_that_never_grows(play, name, kind):
     for _ in range(EPOCHS):
         *_, info = env.step(torch.zeros(count, dtype=torch.int64))
     episodes = Twins(Population, population_spec(env.config), EPOCHS, "cpu")(env.population.context)
-    assert episodes.shape == (count, EPOCHS + 3)
+    assert episodes.shape == (count, EPOCHS + COLUMNS)
     assert torch.equal(episodes[:, EPOCHS], env.population.validation_loss)
-    for column, split in ((-2, "validation"), (-1, "test")):
+    for column, split in ((-4, "validation"), (-3, "test")):
         assert torch.equal(episodes[:, column], info["episodes"][f"{split}_accuracy"])
         assert torch.equal(episodes[:, column], info["episodes"][f"twin_{split}_accuracy"])
     assert torch.equal(episodes, env._twin)
+    assert (episodes[:, -2:] > 0).all()
+    assert info["episodes"]["points"].tolist() == [0.0] * count
 
 
 @pytest.mark.parametrize("kind", KINDS)

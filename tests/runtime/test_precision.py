@@ -1,9 +1,13 @@
 """Number formats: the names, and the order of scaling, unscaling, clipping and stepping by hand."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
 
+from envs.config import load_config
+from envs.growth_env import GrowthEnv
 from esper.runtime import precision
 from esper.runtime.errors import ConfigError
 from esper.runtime.precision import LossScaler
@@ -104,3 +108,47 @@ def test_products_of_a_cpu_stay_exact() -> None:
     before = torch.get_float32_matmul_precision()
     precision.set_up("cpu")
     assert torch.get_float32_matmul_precision() == before
+
+
+# ---- tiny numbers -------------------------------------------------------------------------------------------------
+
+TINY = 1e-20  # its square is below the smallest normal number
+
+
+@pytest.fixture
+def as_it_was() -> Iterator[None]:
+    """Nothing that a test sets stays set."""
+    flushed = bool(torch.tensor([TINY]).square() == 0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_flush_denormal(flushed)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("as_it_was")
+def test_set_up_makes_what_is_below_normal_numbers_zero() -> None:
+    torch.set_flush_denormal(False)
+    assert torch.tensor([TINY]).square() > 0
+    precision.set_up("cpu", 2)
+    assert torch.tensor([TINY]).square() == 0
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("as_it_was")
+def test_native_kernels_flush_for_themselves_alone() -> None:
+    """A host whose only signal is tiny learns nothing from it, and the caller's own numbers stay as they are."""
+    torch.set_flush_denormal(False)
+    config = load_config("segment", "plain", host={"width": [4, 4], "stages": [2, 2]}, engine="native")
+    env = GrowthEnv(config, 1)
+    env.reset(torch.tensor([1]))
+    hosts = env.population
+    hosts.exp_avg[:] = TINY * TINY * 1e4  # 1e-36; a tenth less with each step, so that it falls below after some
+    hosts.theta[:] = 0.0
+    before = hosts.exp_avg.clone()
+    for _ in range(20):
+        hosts.train_epoch()
+    dead = hosts.exp_avg[hosts.exp_avg.abs() < 1e-30]
+    assert len(dead) > 10
+    assert (dead == 0).all()
+    assert (before > 0).all()
+    assert torch.tensor([TINY]).square() > 0

@@ -250,6 +250,36 @@ def test_bad_input_is_one_line_and_exit_code_2(run_train, tmp_path, override, ex
     assert not list(tmp_path.glob("runs/**/metrics.jsonl"))
 
 
+def test_a_run_may_start_from_the_policy_of_another(run_train):
+    first = run_train()
+    again = run_train(f"init={first.run_dir}", "ppo.lr=1e-12", "seed=2")
+    assert (first.code, again.code) == (0, 0)
+    trained, started = (newest(each.run_dir)["learner"]["policy"] for each in (first, again))
+    for name, values in trained.items():
+        torch.testing.assert_close(started[name], values, atol=1e-9, rtol=0)
+    resumed = run_train(f"resume={again.run_dir}", "init=null", tiny=False)
+    assert (resumed.code, len(resumed.err.splitlines())) == (2, 1)
+    assert "init=null: cannot be changed when resuming" in resumed.err
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("init=no/such/run", "init=no/such/run: no such file or directory"),
+        ("init={run} policy.hidden=[16,16,16,16]", "init={run}: its policy has another architecture"),
+        ("init={run} env=gym env.id=CartPole-v1", "init={run}: its graphs or actions differ from those of env="),
+    ],
+)
+def test_a_policy_that_cannot_be_started_from(run_train, given, expected):
+    run = run_train().run_dir
+    environment = "env=gym" in given
+    overrides = given.format(run=run).split()
+    extra = ["policy.hidden=[8,8,8,8]", "env.num_envs=4", "ppo.total_steps=64"] if environment else []
+    result = run_train(*overrides, *extra, tiny=not environment)
+    assert (result.code, len(result.err.splitlines())) == (2, 1), result.err
+    assert result.err.startswith(f"error: {expected.format(run=run)}")
+
+
 def test_resume_from_a_foreign_directory(run_train, tmp_path):
     (tmp_path / "photos").mkdir()
     result = run_train("resume=photos", tiny=False)

@@ -9,6 +9,7 @@ extern "C" {
 
 // Trains the rows [first, last), which must be hosts in order, for one epoch.
 void esper_train(const Population* p, const Rows* rows, const Training* t, int64_t first, int64_t last) {
+  Flush flush;
   Arena arena;
   for (int64_t row = first; row < last; ++row) {
     Host host(*p, *rows, row, 0, arena);
@@ -40,6 +41,7 @@ void esper_train(const Population* p, const Rows* rows, const Training* t, int64
 
 // Evaluates the rows [first, last).
 void esper_evaluate(const Population* p, const Rows* rows, const Evaluation* e, int64_t first, int64_t last) {
+  Flush flush;
   Arena arena, shared;
   const int64_t features = p->tokens * p->inputs, tiles = (e->samples + LANES - 1) / LANES;
   shared.take(tiles * features);

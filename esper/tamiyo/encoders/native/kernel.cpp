@@ -11,6 +11,7 @@ int64_t esper_encoder_rows(const Graphs* g) { return Tile(*g).rows(); }
 
 // The graphs [first, last), a multiple of LANES apart from the end of the batch.
 void esper_encode(const Graphs* g, int64_t first, int64_t last) {
+  Flush flush;
   Tile tile(*g);
   for (int64_t at = first; at < last; at += LANES) {
     tile.load(at);
@@ -21,6 +22,7 @@ void esper_encode(const Graphs* g, int64_t first, int64_t last) {
 
 // Adds the gradients of all parameters for the graphs [first, last), which have been encoded into the same `kept`.
 void esper_encode_backward(const Graphs* g, int64_t first, int64_t last) {
+  Flush flush;
   Tile tile(*g);
   for (int64_t at = first; at < last; at += LANES) tile.backward(at);
 }

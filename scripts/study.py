@@ -1,0 +1,339 @@
+"""The proof: trains Tamiyo on the mixture of growth environments, and compares it with every baseline on instances,
+hosts and data that it has never seen.
+
+    python scripts/study.py [STAGE ...] [--seeds 1 2 3 4 5] [--variants tamiyo ...] [--workers 2] (see --help)
+
+Stages, in their order; without any, all of them:
+
+    fit     supervised scorers, on what germinations gain on forks in random episodes
+    tune    knobs of every baseline, and the look-ahead's margin, on training instances
+    train   the recipe (`experiment=study`) with every seed, and its variants
+    play    every controller on the same held-out instances
+
+Everything is kept under runs/study, so that a stopped study goes on where it was. Scores go to
+scripts/results/study/scores-*.json, with training.json and tuning.json; scripts/study_report.py makes docs/results.md
+of them. Points are percentages of test accuracy over the ungrown twin, less 10 per 100 % more parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import study_work as work
+import torch
+from study_work import SETS, TRAINED_ON
+
+from esper.runtime import checkpoint
+from trainers.progress import Reporter
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "scripts" / "results" / "study"
+RUNS = ROOT / "runs" / "study"
+STAGES = ("fit", "tune", "train", "play")
+
+VARIANTS: dict[str, list[str]] = {
+    "tamiyo": [],
+}
+"""What is trained, as overrides of `experiment=study`."""
+
+KINDS = ["bypass", "norm", "widen", "mlp", "low_rank"]
+
+
+def _grid(**knobs: list[Any]) -> list[dict[str, Any]]:
+    return [dict(zip(knobs, values, strict=True)) for values in product(*knobs.values())]
+
+
+_RULE = {"blueprint": ["bypass", "norm", "widen"], "first": [1, 3], "every": [1, 3]}
+_SCORES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0]
+GRID: dict[str, list[dict[str, Any]]] = {
+    "all_at_start": _grid(blueprint=KINDS),
+    "periodic": _grid(blueprint=KINDS, first=[1, 3], every=[2, 4, 8, 16]),
+    "plateau": _grid(blueprint=KINDS, slope=[-0.1, -0.05, -0.02, 0.0], patience=[3, 6]),
+    "statistic": _grid(**_RULE, threshold=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8]),
+    "gradient_norm": _grid(**_RULE, threshold=[-10.0, 0.0, 0.5, 1.0]),
+    "gradmax": _grid(**_RULE, threshold=[-10.0, 0.0, 0.5, 1.0, 1.5]),
+    "probe": _grid(
+        blueprint=["bypass", "norm"], first=[1, 3], every=[1, 3], probation=[4, 5, 6, 8], keep=[0.0, 0.01, 0.03, 0.06]
+    ),
+    "best_fixed": _grid(slot=[0, 1, 2, 3, 4, 5], blueprint=KINDS, epoch=[1, 3, 6]),
+    "linear": _grid(first=[1, 3], every=[1, 3], threshold=_SCORES),
+    "neural": _grid(first=[1, 3], every=[1, 3], threshold=_SCORES),
+}
+"""Knobs that are tried for each baseline, on training instances."""
+
+MARGINS = [0.01, 0.02, 0.03, 0.05]  # of the look-ahead, in returns
+ROUNDS = ((256, None), (1024, 6), (4096, 3))
+"""Instances of each round of tuning, and how many of the best knobs go on to it (successive halving)."""
+LOOKED = 128  # instances of the look-ahead's margin
+
+LABELS = 28  # chunks of labelled random episodes
+PLAYED = {"digits/sequential": 2048, "digits/mixture": 2048, "digits/repair": 1024, "digits/shift": 2048}
+PLAYED_ELSE = 512
+CEILING = 512  # instances of a ceiling
+CEILING_ELSE = 128  # on sets of the role "generalisation"
+CHUNK = {"lookahead": 32, "oracle": 64}
+CHUNK_ELSE = 256
+
+
+class Pool:
+    """Workers whose results are kept in files: computed once, and read ever after."""
+
+    def __init__(self, workers: int):
+        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, what: str, jobs: list[tuple[Any, tuple[Any, ...], Path]]) -> list[Any]:
+        """What the functions return for their arguments, each kept at its path."""
+        missing = [job for job in jobs if not job[2].exists()]
+        if missing:
+            with Reporter(what, len(missing), "chunks") as reporter:
+                futures: list[Future[None]] = [self._pool.submit(work.write, *job) for job in missing]
+                for done, future in enumerate(as_completed(futures), 1):
+                    future.result()
+                    reporter.update(done)
+        return [torch.load(path, weights_only=True) for _, _, path in jobs]
+
+
+def _name(*parts: Any) -> str:
+    """A file name."""
+    plain = (",".join(f"{k}={v}" for k, v in p.items()) if isinstance(p, dict) else str(p) for p in parts)
+    return "-".join(plain).replace("/", "-") + ".pt"
+
+
+def play(pool: Pool, of: str, split: str, count: int, chosen: list[tuple[str, dict[str, Any], str]], what: str) -> Any:
+    """The accounts of controllers (name, knobs, source) on the first `count` instances of a set, in their order."""
+    jobs, numbers = [], []
+    for name, knobs, source in chosen:
+        chunk = CHUNK.get(name, CHUNK_ELSE)
+        firsts = range(0, count, chunk)
+        numbers.append(len(firsts))
+        for first in firsts:
+            size = min(chunk, count - first)
+            path = RUNS / "played" / of / split / _name(name, knobs, _version(source), first, size)
+            jobs.append((work.played, (of, split, first, size, name, knobs, source), path))
+    parts = iter(pool.run(f"{of} {what}", jobs))
+    found = []
+    for number in numbers:
+        own = [next(parts) for _ in range(number)]
+        found.append({account: torch.cat([part[account] for part in own]).double() for account in own[0]})
+    return found
+
+
+def _version(source: str) -> str:
+    """Tells results of a run's earlier checkpoints from those of its last one."""
+    path = Path(source)
+    return checkpoint.found(path)[0].stem if path.is_dir() else path.stem
+
+
+# ---- stages ---------------------------------------------------------------------------------------------------------
+
+
+def fit(pool: Pool) -> None:
+    """Labels, and the scorers that are fitted to them."""
+    paths = [RUNS / "labels" / f"{chunk}.pt" for chunk in range(LABELS)]
+    pool.run("labels", [(work.labels, (chunk,), path) for chunk, path in enumerate(paths)])
+    pool.run("scorers", [(work.fit, ([str(path) for path in paths],), SCORERS)])
+
+
+SCORERS = RUNS / "scorers.pt"
+
+
+def tune(pool: Pool) -> None:
+    """The knobs with the largest mean return on training instances, by successive halving."""
+    left = {name: list(grid) for name, grid in GRID.items()}
+    scores: dict[str, dict[str, float]] = {}
+    played = 0
+    for instances, kept in ROUNDS:
+        if kept:
+            left = {name: sorted(own, key=lambda k, n=name: -scores[n][str(k)])[:kept] for name, own in left.items()}
+        trials = [(name, knobs, str(SCORERS)) for name, own in left.items() for knobs in own]
+        found = play(pool, TRAINED_ON, "train", instances, trials, f"tuning on {instances}")
+        played = max(played, instances)
+        for (name, knobs, _), accounts in zip(trials, found, strict=True):
+            scores.setdefault(name, {})[str(knobs)] = round(100 * float(accounts["return"].mean()), 3)
+    chosen = {name: max(own, key=lambda k, n=name: scores[n][str(k)]) for name, own in left.items()}
+    trials = [("lookahead", {"margin": margin}, "") for margin in MARGINS]
+    found = play(pool, TRAINED_ON, "train", LOOKED, trials, "margins")
+    margins = {
+        str(knobs): round(100 * float(a["return"].mean()), 3) for (_, knobs, _), a in zip(trials, found, strict=True)
+    }
+    scores["lookahead"] = margins
+    chosen["lookahead"] = max((knobs for _, knobs, _ in trials), key=lambda k: margins[str(k)])
+    _save("tuning.json", {"rounds": ROUNDS, "grid": {**GRID, "lookahead": [k for _, k, _ in trials]}, "chosen": chosen,
+                          "scores": scores})  # fmt: skip
+
+
+def run_of(variant: str, seed: int) -> Path:
+    """The run directory."""
+    return RUNS / "train" / variant / f"seed{seed}"
+
+
+def train(variants: list[str], seeds: list[int], workers: int) -> None:
+    """Trains what has not been trained, `workers` runs side by side, each on one core."""
+    todo = [(variant, seed) for seed in seeds for variant in variants if not _done(variant, seed)]
+    if todo:
+        with Reporter("training", 100 * len(todo), "%") as reporter, ThreadPoolExecutor(workers) as threads:
+            shares = dict.fromkeys(todo, 0.0)
+
+            def shown(job: tuple[str, int], share: float) -> None:
+                shares[job] = share
+                reporter.update(round(100 * sum(shares.values())), f"{job[0]}/{job[1]}")
+
+            list(threads.map(lambda job: _train(*job, shown), todo))
+    runs = {}
+    for variant in VARIANTS:
+        for folder in sorted((RUNS / "train" / variant).glob("seed*")):
+            if (folder / "study.json").exists():
+                runs[f"{variant}/{folder.name[4:]}"] = json.loads((folder / "study.json").read_text())
+    _save("training.json", {"runs": runs})
+
+
+def _done(variant: str, seed: int) -> bool:
+    return (run_of(variant, seed) / "study.json").exists()
+
+
+def _train(variant: str, seed: int, shown: Any) -> None:
+    """One run in a process of its own, from where an earlier one was stopped; leaves `study.json` in its directory."""
+    folder = run_of(variant, seed)
+    command = ["-m", "trainers.train", "experiment=study", f"seed={seed}", *VARIANTS[variant]]
+    given = [f"resume={folder}"] if folder.exists() and checkpoint.found(folder) else []
+    start = time.perf_counter()
+    before = _wall(folder)
+    process = subprocess.Popen(
+        [sys.executable, *(command[:2] + given if given else [*command, f"hydra.run.dir={folder}"])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    last = ""
+    for line in process.stdout or ():
+        last = line.strip() or last
+        if match := re.match(r"training\s+([\d,]+)/([\d,]+)", line):
+            done, total = (int(text.replace(",", "")) for text in match.groups())
+            shown((variant, seed), done / total)
+            (folder / "wall").write_text(str(before + time.perf_counter() - start))
+    if process.wait():
+        raise SystemExit(f"error: {' '.join(command)} ended with {process.returncode}: {last}; log in {folder}")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    curve = [(line["step"], line["rollout/ep_rew_mean"]) for line in lines if "rollout/ep_rew_mean" in line]
+    policy = checkpoint.latest(folder)[1]["learner"]["policy"]
+    record = {
+        "command": "python " + " ".join(command),
+        "wall_s": round(_wall(folder)),
+        "steps": curve[-1][0],
+        "parameters": sum(values.numel() for values in policy.values()),
+        "curve": [[step, round(100 * value, 2)] for step, value in _thinned(curve)],
+    }
+    (folder / "study.json").write_text(json.dumps(record))
+
+
+def _wall(folder: Path) -> float:
+    """Seconds that a run has taken so far."""
+    return float((folder / "wall").read_text()) if (folder / "wall").exists() else 0.0
+
+
+def _thinned(curve: list[tuple[int, float]], points: int = 60) -> list[tuple[int, float]]:
+    """Means over equal parts."""
+    size = max(len(curve) // points, 1)
+    parts = [curve[first : first + size] for first in range(0, len(curve), size)]
+    return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
+
+
+def play_all(pool: Pool, variants: list[str], names: list[str]) -> None:
+    """Every controller on every set."""
+    chosen = json.loads((RESULTS / "tuning.json").read_text())["chosen"]
+    policies = [(f"{v}/{f.name[4:]}", {}, str(f)) for v in variants for f in sorted((RUNS / "train" / v).glob("seed*"))
+                if (f / "study.json").exists()]  # fmt: skip
+    rules = [("never", {}, ""), ("random", {}, "")]
+    rules += [(name, chosen[name], str(SCORERS) if name in ("linear", "neural") else "") for name in GRID]
+    for of in names:
+        role, label, _ = SETS[of]
+        count = PLAYED.get(of, PLAYED_ELSE)
+        own = policies if role == "training" else [each for each in policies if each[0].startswith("tamiyo/")]
+        everyone = [*rules, *own]
+        if own:
+            everyone.append(("static", {}, own[0][2]))
+        found = play(pool, of, "heldout", count, everyone, "play")
+        ceilings = [("lookahead", chosen["lookahead"], ""), ("oracle", {}, "")]
+        looked = min(count, CEILING if role == "training" else CEILING_ELSE)
+        found += play(pool, of, "heldout", looked, ceilings, "ceilings")
+        everyone += ceilings
+        _save(f"scores-{of.replace('/', '-')}.json", _scores(of, role, label, everyone, found))
+
+
+def _scores(of: str, role: str, label: str, everyone: list[tuple[str, dict[str, Any], str]], found: Any) -> Any:
+    first = found[0]
+    noisy = first["label_noise"] > 0
+    epochs = work.config_of(of).epochs
+    rows = {}
+    for (name, knobs, _), accounts in zip(everyone, found, strict=True):
+        waited = accounts["waited"] / epochs
+        hard = noisy[: len(waited)]
+        rows[name] = {
+            "points": [round(value, 2) for value in accounts["points"].tolist()],
+            "return": round(100 * float(accounts["return"].mean()), 3),
+            **{k: round(float(accounts[k].mean()), 4) for k in ("params_ratio", "flops_ratio", "germinated", "culled")},
+            "waited": round(float(waited.mean()), 4),
+            "waited_noisy": round(float(waited[hard].mean()), 4) if hard.any() else None,
+            "knobs": knobs or None,
+        }
+    return {
+        "set": of,
+        "role": role,
+        "label": label,
+        "split": "heldout",
+        "seed": work.seed_of(of),
+        "instances": len(first["points"]),
+        "kind": [int(kind) for kind in first["kind"].tolist()],
+        "label_noise": [round(value, 3) for value in first["label_noise"].tolist()],
+        "controllers": rows,
+    }
+
+
+def _save(name: str, values: Any) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / name).write_text(json.dumps(values) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"any of {', '.join(STAGES)} (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of training (default 1 to 5)")
+    parser.add_argument("--variants", nargs="+", default=["tamiyo"], choices=VARIANTS, help="to train and play")
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, metavar="SET", help="to play (all)")
+    parser.add_argument("--workers", type=int, default=2, help="processes, each of one thread (default 2)")
+    arguments = parser.parse_args()
+    for stage in arguments.stages:
+        if stage not in STAGES:
+            parser.error(f"{stage}: no such stage; choose from {', '.join(STAGES)}")
+    stages = arguments.stages or STAGES
+    with Pool(arguments.workers) as pool:
+        if "fit" in stages:
+            fit(pool)
+        if "tune" in stages:
+            tune(pool)
+        if "train" in stages:
+            train(arguments.variants, arguments.seeds, arguments.workers)
+        if "play" in stages:
+            play_all(pool, arguments.variants, arguments.sets)
+
+
+if __name__ == "__main__":
+    main()

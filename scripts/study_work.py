@@ -1,0 +1,246 @@
+"""What the workers of scripts/study.py do: pure functions of their arguments, whose results are kept in files."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from headroom_analysis import Neural, neural, ridge
+from torch import Tensor
+
+from envs import fork_gains
+from envs.config import EnvConfig, load_config
+from envs.growth_env import GrowthEnv, population_spec
+from envs.lookahead import LookAhead
+from envs.points import PARTS, RENT, Meter
+from esper.graph import GraphBatch
+from esper.growth.population import Population
+from esper.growth.state import PopulationSpec
+from esper.runtime import precision
+from esper.tamiyo import baselines
+from esper.tamiyo.baselines import Controller
+from esper.tamiyo.baselines.linear import Linear, LinearKnobs, features
+from esper.tamiyo.loading import load_policy
+from trainers.evaluation import TamiyoController, play
+
+SETS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "digits/mixture": ("training", "held-out instances", {}),
+    "digits/repair": ("training", "held-out instances", {}),
+    "digits/sequential": ("training", "held-out instances", {}),
+    "digits/shift": ("training", "held-out instances", {}),
+    "digits/growth": ("training", "held-out instances", {}),
+    "digits/plain": ("training", "held-out instances", {}),
+    "a/digits/mixture": ("generalisation", "(a) new initialisations", {}),
+    "b/digits/mixture": ("generalisation", "(b) wider and deeper", {"host": {"width": [18, 24], "stages": [7, 8]}}),
+    "c/digits/mixture": ("generalisation", "(c) more slots", {"host": {"width": [12, 16], "stages": [8, 10]}}),
+    "d/digits/mixture": ("generalisation", "(d) longer horizon", {"epochs": 40}),
+    "e/segment/mixture": ("generalisation", "(e) new data: segment", {}),
+    "e/digits_conv/mixture": ("generalisation", "(e) new data and hosts: digits_conv", {}),
+    "e/signal/mixture": ("generalisation", "(e) new data and hosts: signal", {}),
+    "f/digits/mixture-without": (
+        "generalisation",
+        "(f) without bypass",
+        {"blueprints": ["low_rank", "widen", "mlp", "norm"]},
+    ),
+    "f/digits/mixture-with": (
+        "generalisation",
+        "(f) with a gated unit",
+        {"blueprints": ["bypass", "low_rank", "widen", "mlp", "norm", "glu"]},
+    ),
+}
+"""Sets of instances, [SPLIT/]TASK/CONTEXTS[-NAME]: role, their name, and what differs from the environment."""
+
+TRAINED_ON = "digits/mixture"
+REWARD = {"measure": "accuracy", "rent": RENT / 100, "flops": 0.0}
+"""Of every set, so that the return of an episode is its points on the validation split, over 100."""
+
+SEED = {"a": 1}  # of the instances of a set that would be the same as another's
+ACCOUNTS = ("points", "return", "kind", "label_noise", "params_ratio", "flops_ratio", "germinated", "culled", "waited")
+
+
+def config_of(name: str) -> EnvConfig:
+    """The environment of a set."""
+    parts = name.split("/")
+    return load_config(parts[-2], parts[-1].partition("-")[0], reward=REWARD, **SETS[name][2])
+
+
+def seed_of(name: str) -> int:
+    """Of the instances of a set."""
+    return SEED.get(name.split("/")[0], 0)
+
+
+# ---- supervised scorers ---------------------------------------------------------------------------------------------
+
+
+def labels(chunk: int) -> dict[str, Tensor]:
+    """Random episodes of the training environment; see `fork_gains.collect`."""
+    return fork_gains.collect(config_of(TRAINED_ON), 0, chunk)
+
+
+def fit(paths: list[str]) -> dict[str, Any]:
+    """The linear and the neural scorer, fitted to the germinations of the chunks in `paths`.
+
+    Returns:
+        `weights` [blueprints, F] of the linear one, and what the `neural` one consists of; both predict points.
+    """
+    config = config_of(TRAINED_ON)
+    kinds, of = len(config.blueprints), fork_gains.layout(config)
+    seen, kind, gain = [], [], []
+    for path in paths:
+        found = torch.load(path, weights_only=True)
+        for first in range(0, len(found["x"]), 512):
+            rows = slice(first, first + 512)
+            graph = fork_gains.graphs(found, of, rows)
+            slots = graph.x["slot"].shape[1]
+            actions, gains = found["actions"][rows] - 1, 100 * found["gains"][rows]
+            number, place = (actions < slots * kinds).nonzero(as_tuple=True)
+            chosen = actions[number, place]
+            seen.append(features(graph)[number, chosen // kinds])
+            kind.append(chosen % kinds)
+            gain.append(gains[number, place])
+    x, k, y = torch.cat(seen), torch.cat(kind), torch.cat(gain)
+    scorer = neural(x, k, y, kinds)
+    return {
+        "weights": ridge(x, k, y, kinds),
+        "neural": {"mean": scorer.mean, "scale": scorer.scale, **scorer.network.state_dict()},
+        "germinations": torch.tensor(len(x)),
+    }
+
+
+class NeuralScorer(Linear):
+    """The greedy scorer with a small network, the same for every slot, in the place of linear functions."""
+
+    def __init__(self, knobs: LinearKnobs, scorer: Neural, ramp: int):
+        super().__init__(knobs, torch.zeros(1, 1), ramp)
+        self._scorer = scorer
+
+    @torch.no_grad()
+    def score(self, graph: GraphBatch) -> Tensor:
+        return self._scorer(features(graph))
+
+
+# ---- playing --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _fitted(path: str) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def controller_of(name: str, config: EnvConfig, knobs: dict[str, Any], source: str) -> Controller:
+    """A controller of the study.
+
+    Args:
+        name: of a baseline, "neural", "lookahead", "oracle", or VARIANT/SEED.
+        config: of the environment it is to act in.
+        knobs: of a baseline or a look-ahead.
+        source: the file of the fitted scorers, or the run directory of a policy.
+    """
+    kinds = list(config.blueprints)
+    if "/" in name:
+        return TamiyoController(load_policy(source), 0, deterministic=True)
+    if name == "lookahead":
+        return LookAhead(**knobs)
+    if name == "oracle":  # of one germination at the third epoch, by validation; it knows the host's own future
+        return LookAhead(future=True, first=3, every=1 << 30)
+    given = baselines.BaselinesConfig()
+    if name in ("linear", "neural"):
+        fitted = _fitted(source)
+        known = list(config_of(TRAINED_ON).blueprints)
+        if name == "neural":
+            of = dict(fitted["neural"])
+            scorer = Neural(of.pop("mean"), of.pop("scale"), len(known))
+            scorer.network.load_state_dict(of)
+            return _Renamed(NeuralScorer(LinearKnobs(**knobs), scorer, given.ramp), known, kinds)
+        return _Renamed(Linear(LinearKnobs(**knobs), fitted["weights"], given.ramp), known, kinds)
+    for key, value in knobs.items():
+        setattr(getattr(given, name), key, value)
+    return baselines.make(name, given, "none", kinds, 0)
+
+
+class _Renamed:
+    """A scorer in an environment whose blueprints are others: what it has not been fitted for is never chosen."""
+
+    def __init__(self, scorer: Linear, known: list[str], kinds: list[str]):
+        self._scorer, score = scorer, scorer.score
+        order = torch.tensor([known.index(kind) if kind in known else len(known) for kind in kinds])
+
+        def renamed(graph: GraphBatch) -> Tensor:
+            scores = torch.nn.functional.pad(score(graph), (0, 1), value=-torch.inf)
+            return scores[:, :, order]
+
+        scorer.score = renamed  # type: ignore[method-assign]
+
+    def begin(self, hosts: int) -> None:
+        self._scorer.begin(hosts)
+
+    def act(self, graph: GraphBatch) -> Tensor:
+        return self._scorer.act(graph)
+
+
+def played(
+    of: str, split: str, first: int, count: int, name: str, knobs: dict[str, Any], source: str
+) -> dict[str, Tensor]:
+    """Episodes of a controller on the instances first ... first + count of a set: ACCOUNTS, each [count]."""
+    config = config_of(of)
+    rows = range(first, first + count)
+    if name == "static":
+        return static(of, split, rows, source)
+    found = play(controller_of(name, config, knobs, source), config, rows, seed_of(of), "cpu", split=split)
+    return {account: torch.from_numpy(np.asarray(found[account])) for account in ACCOUNTS}
+
+
+def static(of: str, split: str, rows: range, source: str) -> dict[str, Tensor]:
+    """Networks that start as wide as makes them as large as the policy in `source` grows the host, and never grow.
+
+    They have the host's defects, data and data order. What they have more than the host costs the same rent.
+    """
+    config, seed = config_of(of), seed_of(of)
+    grown = play(TamiyoController(load_policy(source), 0, True), config, rows, seed, "cpu", split=split)
+    env = GrowthEnv(config, len(rows), split=split, autoreset=False)
+    env.reset(seed * 1_000_003 + torch.arange(rows.start, rows.stop))
+    p = env.population
+    wanted = torch.from_numpy(grown["params_ratio"]) * p.host_parameters()
+    spec = population_spec(config)
+    room = type(spec.host)(**{**vars(spec.host), "width": 2 * spec.host.width})
+    wide = Population(PopulationSpec(**{**vars(spec), "host": room, "measured": False}), len(rows))
+    context, widths = p.context, torch.arange(1, room.width + 1)
+    context.width = torch.ones_like(context.width)
+    sizes = []
+    for width in widths.tolist():
+        wide.context.put(torch.arange(len(rows)), context)
+        wide.context.width[:] = width
+        sizes.append(wide.host_parameters())
+    context.width = widths[(torch.stack(sizes, dim=1) - wanted[:, None]).abs().argmin(1)]
+    wide.reset(torch.arange(len(rows)), context)
+    meter = Meter(wide, config.epochs)
+    for _ in range(config.epochs):
+        meter.train_epoch()
+    lost, everyone = wide.diverged(), torch.arange(len(rows))
+    validation, test = (meter.accuracy(everyone, split).masked_fill(lost, 0.0) for split in PARTS)
+    ratio = wide.host_parameters() / p.host_parameters()
+    twin = env.twin_accuracies()
+    zero = torch.zeros(len(rows))
+    return {
+        "points": 100 * (test - twin[1]) - RENT * (ratio - 1),
+        "return": validation - twin[0] - RENT / 100 * (ratio - 1),
+        "kind": torch.from_numpy(grown["kind"]),
+        "label_noise": torch.from_numpy(grown["label_noise"]),
+        "params_ratio": ratio,
+        "flops_ratio": wide.host_flops() / p.host_flops() - 1,
+        "germinated": zero,
+        "culled": zero,
+        "waited": zero + config.epochs,
+    }
+
+
+def write(function: Any, arguments: tuple[Any, ...], path: Path) -> None:
+    """Keeps what a function returns."""
+    precision.set_up("cpu")
+    found = function(*arguments)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(found, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
