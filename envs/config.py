@@ -36,6 +36,7 @@ class RewardConfig:
     """What an episode is rewarded for."""
 
     measure: str = "accuracy"  # improvement over the twin in validation accuracy, or in validation "loss"
+    twin: bool = True  # false, for ablations: accuracy as it is, or loss against the task's ungrown host, in the mean
     rent: float = 0.1  # lambda: price of the parameters kept; accuracy: of 100 % more; loss: on a log scale
     flops: float = 0.0  # mu: price of the compute spent on seeds, culled ones included
     shaping: float = 0.0  # weight of the potential-based shaping by the loss
@@ -64,7 +65,7 @@ class EnvConfig(BaseEnvConfig):
     """One growth environment."""
 
     kind: str = "growth"
-    num_envs: int = 32  # hosts trained side by side
+    num_envs: int = 64  # hosts trained side by side
     task: str = MISSING
     dynamics: str = "trained"  # or "surrogate": epochs are drawn from a model fitted to real ones
     engine: str = "auto"  # what trains the hosts, one of ENGINES

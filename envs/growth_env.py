@@ -182,7 +182,7 @@ class GrowthEnv:
         potential = (shaping * score if shaping else foreseen).masked_fill(terminated, 0.0)
         if terminated.any() and self.config.reward.measure == "accuracy":
             ended = terminated.nonzero().squeeze(1)
-            score[ended] = self._better(ended, diverged[ended], "validation")
+            score[ended] = self._better(ended, diverged[ended], "validation", self.config.reward.twin)
         reward = potential - self._potential + torch.where(terminated, score - self._price(), 0.0)
         reward = reward.masked_fill(~running, 0.0)
         self._potential = potential
@@ -259,13 +259,15 @@ class GrowthEnv:
         priced = p.context.priced
         loss = torch.where(priced, area, loss).masked_fill(diverged, torch.inf)
         twin = torch.where(priced & twin.isfinite(), twin_area, twin)
+        if not self.config.reward.twin:
+            twin = torch.full_like(twin, self.reference.static)
         return gain(loss, twin, self.reference)
 
-    def _better(self, ended: Tensor, diverged: Tensor, split: str) -> Tensor:
-        """[m], how far the accuracies of the episodes `ended` are above their twins', on a split; those of hosts that
-        have `diverged` ([m]) are 0."""
-        accuracy = self._accuracy.accuracy(ended, split).masked_fill(diverged, 0.0)
-        return accuracy - self._twin[ended, -2 + PARTS.index(split)]
+    def _better(self, ended: Tensor, diverged: Tensor, part: str, twin: bool = True) -> Tensor:
+        """[m], how far the accuracies of the episodes `ended` are above their twins' (or 0) on a part of the data;
+        those of hosts that have `diverged` ([m]) are 0."""
+        accuracy = self._accuracy.accuracy(ended, part).masked_fill(diverged, 0.0)
+        return accuracy - self._twin[ended, -2 + PARTS.index(part)] * twin
 
     def twin_accuracies(self) -> tuple[Tensor, Tensor]:
         """[N] each, of the twins of the present episodes, as `points.Meter` counts them, on the validation and on the

@@ -13,11 +13,11 @@ LR_SCHEDULES = ("linear", "adaptive", "constant")
 class PPOConfig:
     """Proximal policy optimisation (Schulman et al., arXiv 1707.06347)."""
 
-    total_steps: int = 64_000  # environment steps, rounded up to whole iterations
-    num_steps: int = 40  # steps of each environment per iteration
-    epochs: int = 4  # passes over an iteration's transitions
-    minibatches: int = 4  # per pass
-    lr: float = 2e-3
+    total_steps: int = 320_000  # environment steps, rounded up to whole iterations
+    num_steps: int = 48  # steps of each environment per iteration
+    epochs: int = 3  # passes over an iteration's transitions
+    minibatches: int = 8  # per pass
+    lr: float = 1e-3
     lr_schedule: str = (
         "linear"  # linear: to 0 over total_steps; adaptive: so that a pass's KL is near desired_kl; constant
     )
@@ -33,7 +33,7 @@ class PPOConfig:
     auxiliary_coef: float = 0.0  # of predicting each slot's contribution one step ahead
     max_grad_norm: float = 0.5
     normalize_advantages: bool = True  # per minibatch
-    normalize_returns: bool = False  # the critic predicts returns of zero mean and unit variance (arXiv 2103.01955)
+    normalize_returns: bool = True  # the critic predicts returns of zero mean and unit variance (arXiv 2103.01955)
     target_kl: float | None = None  # ends an update once a pass's mean KL is above it
 
     def validate(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +16,36 @@ from esper.runtime.errors import ConfigError
 from esper.tamiyo.distribution import MaskedCategorical
 from esper.tamiyo.encoder import Encoder, masked_mean, orthogonal_
 from esper.tamiyo.encoders import BACKENDS
+from esper.tamiyo.encoders.parameters import CONVOLUTIONS, GAT, SAGE, Shape
+from esper.tamiyo.pooled import PooledEncoder
 
 POLICY_GAIN = 0.01  # near-uniform over the legal actions before training
 VALUE_GAIN = 1.0
+GRAPH, POOLED = "graph", "pooled"  # encoders
 
 
 @dataclass
 class PolicyConfig:
-    """Size of Tamiyo."""
+    """What Tamiyo is made of.
+
+    Attributes:
+        name: of the policy.
+        hidden: widths of the layers.
+        heads: attention heads of the GAT layers.
+        backend: of the graph encoder: one of `encoders.BACKENDS`, or auto. `encoder: pooled` has none.
+        encoder: graph, or pooled, which sees no relation (see PooledEncoder) and has as many parameters as the graph
+            encoder of the other keys.
+        convolutions: sage or gat, for each layer.
+        edge_attributes: false hides the attributes of edges, which are then 0; only GAT layers read them.
+    """
 
     name: str = "tamiyo_small"
-    hidden: list[int] = field(default_factory=lambda: [64, 64, 64, 64])  # SAGE, SAGE, GAT, GAT
-    heads: int = 4  # of the GAT layers
-    backend: str = "auto"  # of the encoder: one of `encoders.BACKENDS`, or auto
+    hidden: list[int] = field(default_factory=lambda: [64, 64, 64, 64])
+    heads: int = 4
+    backend: str = "auto"
+    encoder: str = GRAPH
+    convolutions: list[str] = field(default_factory=lambda: [*CONVOLUTIONS])
+    edge_attributes: bool = True
 
     def validate(self) -> None:
         """Checks the values.
@@ -35,13 +53,19 @@ class PolicyConfig:
         Raises:
             ConfigError: names the key, the value and the remedy.
         """
-        if len(self.hidden) != 4 or min(self.hidden) < 1:
-            raise ConfigError(f"policy.hidden={self.hidden}: give four widths above 0 (SAGE, SAGE, GAT, GAT)")
+        kinds = f"policy.convolutions=[{', '.join(map(str, self.convolutions))}]"
+        if not self.convolutions or not {*self.convolutions} <= {SAGE, GAT}:
+            raise ConfigError(f"{kinds}: name a kind of layer for each width, {SAGE} or {GAT}")
+        if len(self.hidden) != len(self.convolutions) or min(self.hidden) < 1:
+            raise ConfigError(f"policy.hidden={self.hidden}: give one width above 0 for each layer of {kinds}")
+        if self.encoder not in (GRAPH, POOLED):
+            raise ConfigError(f"policy.encoder={self.encoder}: no such encoder; choose {GRAPH} or {POOLED}")
         if self.backend not in ("auto", *BACKENDS):
             known = ", ".join(("auto", *BACKENDS))
             raise ConfigError(f"policy.backend={self.backend}: no such backend; choose one of {known}")
-        if self.heads < 1 or any(width % self.heads for width in self.hidden[2:]):
-            raise ConfigError(f"policy.heads={self.heads}: must divide the last two of policy.hidden={self.hidden}")
+        attending = [width for width, kind in zip(self.hidden, self.convolutions, strict=True) if kind == GAT]
+        if self.heads < 1 or any(width % self.heads for width in attending):
+            raise ConfigError(f"policy.heads={self.heads}: must divide the widths of the GAT layers, {attending}")
 
 
 Prediction = tuple[Tensor, Tensor, Tensor | None]
@@ -58,8 +82,9 @@ class GraphPolicy(nn.Module):
 
     def __init__(self, config: PolicyConfig, schema: GraphSchema, read: tuple[str, ...]):
         super().__init__()
+        config.validate()
         self.config = config
-        self.encoder = Encoder(schema, config.hidden, config.heads, read, config.backend)
+        self.encoder = _encoder(config, schema, read)
         self.autocast: torch.dtype | None = None
 
     def heads(self, x: dict[str, Tensor], node_mask: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -100,13 +125,21 @@ class GraphPolicy(nn.Module):
         def function(x: Tensor, attr: Tensor, mask: Tensor, node_mask: Tensor) -> Prediction:
             with self._autocast(device):
                 masks = {node: node_mask[:, place] for node, place in layout.nodes.items()}
-                embeddings = encode(x, attr, mask)
+                embeddings = encode(x, attr, mask, node_mask)
                 return _as_float(*self.heads(embeddings, masks), self.auxiliary(embeddings))
 
         return function
 
     def _autocast(self, device: str) -> torch.autocast:
         return torch.autocast(device, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+
+def _encoder(config: PolicyConfig, schema: GraphSchema, read: tuple[str, ...]) -> Any:  # one of two modules
+    if config.encoder == POOLED:
+        return PooledEncoder(Shape(schema, tuple(config.hidden), config.heads, read, tuple(config.convolutions)))
+    return Encoder(
+        schema, config.hidden, config.heads, read, config.backend, config.convolutions, config.edge_attributes
+    )
 
 
 def _as_float(logits: Tensor, value: Tensor, auxiliary: Tensor | None) -> Prediction:

@@ -455,3 +455,23 @@ def test_foresight_goes_on_from_a_saved_state(play):
 def test_foresight_takes_no_other_shaping(play):
     with pytest.raises(ConfigError, match=r"reward.shaping=0.5: must be 0 with env.reward.foresight"):
         play.config(reward={"foresight": True, "shaping": 0.5})
+
+
+@pytest.mark.parametrize("measure", ["accuracy", "loss"])
+def test_without_the_twin_only_the_host_itself_counts(play, measure):
+    given = {"measure": measure, "rent": 0.0, "flops": 0.0}
+    returns, episodes = [], []
+    for twin in (True, False):
+        env = play.env(4, contexts="repair", autoreset=False, reward={**given, "twin": twin})
+        play.run(env, 5, list("abcd"))
+        _, paid, _, _, info = env.step(torch.zeros(4, dtype=torch.int64))
+        returns.append(paid)
+        episodes.append(info["episodes"])
+    reference = env.twin_accuracies()[0]
+    if measure == "loss":
+        loss = env.population.validation_loss
+        assert returns[1].tolist() == gain(loss, torch.full((4,), REFERENCE.static), REFERENCE).tolist()
+    else:
+        torch.testing.assert_close(returns[1], returns[0] + reference)
+    assert torch.equal(episodes[0]["points"], episodes[1]["points"])  # reports compare with it all the same
+    assert not torch.equal(returns[0], returns[1])

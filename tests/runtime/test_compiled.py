@@ -31,6 +31,7 @@ def test_it_falls_back_once_with_one_warning(
     guard = CompileGuard("thing")
     if warm:
         guard.warm_up(lambda: guard.run(lambda: "compiled", eager))
+    caplog.clear()
     with caplog.at_level(logging.DEBUG, logger="esper.runtime.compiled"):
         assert guard.run(raising(ValueError("no room\nand more lines")), eager) == "eager"
     why_not = f"error {'at run time' if warm else 'at its first run'}: ValueError: no room"

@@ -132,7 +132,7 @@ def test_instances_of_a_batch_do_not_depend_on_its_size(monkeypatch):
 
 
 def test_an_episode_that_ends_early_keeps_its_place(monkeypatch):
-    config = load_config("segment", epochs=4)
+    config = load_config("segment", epochs=4, reward={"measure": "loss"})
     controller = baselines.make("never", BaselinesConfig(), config.instances, list(config.blueprints), 0)
     whole = evaluation.play(controller, config, 5, 0, "cpu", lambda done: None)
     honest = Population.diverged

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from esper.graph.schema import GraphSchema, Relation
 
-SAGE_LAYERS = 2  # the layers after these are GAT
+SAGE, GAT = "sage", "gat"
+CONVOLUTIONS = (SAGE, SAGE, GAT, GAT)
 SLOPE = 0.2  # of LeakyReLU, as in PyG's GATConv
 
 
@@ -30,15 +31,17 @@ class Shape:
 
     Attributes:
         schema: node types and relations.
-        hidden: widths of the four layers; the first is also the width of the typed input layers.
+        hidden: widths of the layers; the first is also the width of the typed input layers.
         heads: attention heads of the GAT layers; must divide their widths.
         read: node types whose final embedding is used; the last layer computes no others.
+        convolutions: SAGE or GAT, for each layer.
     """
 
     schema: GraphSchema
     hidden: tuple[int, ...]
     heads: int
     read: tuple[str, ...]
+    convolutions: tuple[str, ...] = CONVOLUTIONS
 
     @cached_property
     def widths(self) -> list[tuple[int, int]]:
@@ -59,7 +62,7 @@ class Shape:
 
     def attends(self, depth: int) -> bool:
         """Whether a layer is GAT."""
-        return depth >= SAGE_LAYERS
+        return self.convolutions[depth] == GAT
 
     @cached_property
     def attributes(self) -> int:
