@@ -42,10 +42,23 @@ RESULTS = ROOT / "scripts" / "results" / "study"
 RUNS = ROOT / "runs" / "study"
 STAGES = ("fit", "tune", "train", "play")
 
+_SHORT = ["ppo.total_steps=400_000"]
+_WARM = ["warm_start.episodes=3584"]
 VARIANTS: dict[str, list[str]] = {
     "tamiyo": [],
+    "supervised": [*_WARM, "ppo.total_steps=1", "ppo.lr=1e-9"],
+    "short": _SHORT,
+    "warm_start": [*_SHORT, *_WARM],
+    "pooled": [*_SHORT, "policy.encoder=pooled"],
+    "no_edges": [*_SHORT, "policy.edge_attributes=false"],
+    "sage_only": [*_SHORT, "policy.convolutions=[sage,sage,sage,sage]"],
+    "gat_only": [*_SHORT, "policy.convolutions=[gat,gat,gat,gat]"],
+    "auxiliary": [*_SHORT, "ppo.auxiliary_coef=0.1"],
+    "no_twin": [*_SHORT, "env.reward.twin=false"],
+    "by_loss": [*_SHORT, "env.reward.measure=loss"],
 }
-"""What is trained, as overrides of `experiment=study`."""
+"""What is trained, as overrides of `experiment=study`: the recipe, and what differs from it, on fewer steps, which
+`short` is to be compared with."""
 
 KINDS = ["bypass", "norm", "widen", "mlp", "low_rank"]
 
@@ -82,6 +95,7 @@ PLAYED = {"digits/sequential": 2048, "digits/mixture": 2048, "digits/repair": 10
 PLAYED_ELSE = 512
 CEILING = 512  # instances of a ceiling
 CEILING_ELSE = 128  # on sets of the role "generalisation"
+COMPARED = ("digits/mixture", "digits/sequential")  # sets on which variants of the recipe are played, too
 CHUNK = {"lookahead": 32, "oracle": 64}
 CHUNK_ELSE = 256
 
@@ -211,7 +225,7 @@ def _done(variant: str, seed: int) -> bool:
 def _train(variant: str, seed: int, shown: Any) -> None:
     """One run in a process of its own, from where an earlier one was stopped; leaves `study.json` in its directory."""
     folder = run_of(variant, seed)
-    command = ["-m", "trainers.train", "experiment=study", f"seed={seed}", *VARIANTS[variant]]
+    command = ["-m", "trainers.train", "experiment=study", f"seed={seed}", *VARIANTS[variant], "evaluation.episodes=0"]
     given = [f"resume={folder}"] if folder.exists() and checkpoint.found(folder) else []
     start = time.perf_counter()
     before = _wall(folder)
@@ -266,7 +280,7 @@ def play_all(pool: Pool, variants: list[str], names: list[str]) -> None:
     for of in names:
         role, label, _ = SETS[of]
         count = PLAYED.get(of, PLAYED_ELSE)
-        own = policies if role == "training" else [each for each in policies if each[0].startswith("tamiyo/")]
+        own = policies if of in COMPARED else [each for each in policies if each[0].startswith("tamiyo/")]
         everyone = [*rules, *own]
         if own:
             everyone.append(("static", {}, own[0][2]))

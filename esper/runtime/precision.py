@@ -24,7 +24,7 @@ def set_up(device: str, threads: int = 1) -> None:
     """Sets how this process calculates; once, when it starts, before torch starts threads, which take it over.
 
     On CPUs numbers below the smallest normal one become 0: the gradients and moments of a policy that has become sure
-    of itself are full of them, and each costs a hundred times what others do. Products of float32 on a CUDA device run
+    of itself are full of them, and each costs many times what others do. Products of float32 on a CUDA device run
     in TF32.
 
     Args:

@@ -14,8 +14,8 @@
 
 namespace esper {
 
-// While it lives, this thread takes numbers below the smallest normal one for 0. Each of them would cost a hundred times
-// what others do, and networks that train for long, or are saturated, are full of them.
+// While it lives, this thread takes numbers below the smallest normal one for 0. Each of them would cost many times what
+// others do, and networks that train for long, or are saturated, are full of them.
 class Flush {
 #if defined(__SSE__)
   static constexpr unsigned BITS = 0x8040;  // flush to zero, denormals are zero
