@@ -43,12 +43,12 @@ RUNS = ROOT / "runs" / "study"
 STAGES = ("fit", "tune", "train", "play")
 
 _SHORT = ["ppo.total_steps=400_000"]
-_WARM = ["warm_start.episodes=3584"]
 VARIANTS: dict[str, list[str]] = {
     "tamiyo": [],
-    "supervised": [*_WARM, "ppo.total_steps=1", "ppo.lr=1e-9"],
+    "supervised": ["ppo.total_steps=1", "ppo.lr=1e-9"],
     "short": _SHORT,
-    "warm_start": [*_SHORT, *_WARM],
+    "from_scratch": [*_SHORT, "warm_start.episodes=0"],
+    "foresight": [*_SHORT, "env.reward.foresight=true", "ppo.gae_lambda=0.9"],
     "pooled": [*_SHORT, "policy.encoder=pooled"],
     "no_edges": [*_SHORT, "policy.edge_attributes=false"],
     "sage_only": [*_SHORT, "policy.convolutions=[sage,sage,sage,sage]"],

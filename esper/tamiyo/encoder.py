@@ -56,8 +56,8 @@ class Encoder(Parameters):
         return encoders.forward(self, self.backend, graph if self.edge_attributes else _blinded(graph))
 
     def of_tensors(self, layout: Layout) -> Encode | None:
-        """`forward` for graphs of one layout as a function that torch.compile takes whole; None where the backend has no
-        such form."""
+        """`forward` for graphs of one layout as a function that torch.compile takes whole; None where the backend has
+        no such form."""
         encode = encoders.of_tensors(self, self.backend, layout, next(self.parameters()).device.type)
         if encode is None:
             return None

@@ -31,6 +31,7 @@ SMALL = GraphSchema(NODES, RELATIONS)
 SIZES = {"global": 1, "slot": 4, "layer": 3}
 HIDDEN, HEADS = [4, 6, 8, 8], 2
 READ = ("global", "slot")
+KINDS = [["sage"] * 4, ["gat"] * 4, ["gat", "sage", "gat", "sage"]]  # of layers, besides the default
 
 
 @pytest.fixture(params=["pyg", "dense", "segment", "native"])
@@ -97,7 +98,7 @@ def gat(conv: nn.Module, h: dict[str, Tensor], graph: GraphBatch, b: int, relati
 
 def layer_reference(encoder: Encoder, depth: int, h: dict[str, Tensor], graph: GraphBatch, b: int) -> dict[str, Tensor]:
     """HeteroConv: the mean over the relations that end in a node type."""
-    kind = sage if depth < 2 else gat
+    kind = {"sage": sage, "gat": gat}[encoder.shape.convolutions[depth]]
     out: dict[str, list[Tensor]] = {}
     for relation in RELATIONS:
         if depth == 3 and relation[2] not in READ:
@@ -170,6 +171,33 @@ def test_the_whole_encoder_is_the_loop(encoder: Encoder, graph: GraphBatch) -> N
         expected = reference(encoder, graph, b)
         for node in READ:
             torch.testing.assert_close(out[node][b], expected[node], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+@pytest.mark.parametrize("backend", ["pyg", "dense", "segment", "native"])
+def test_layers_of_any_kinds_are_the_loop(
+    randomise: Callable[..., Any], graph: GraphBatch, backend: str, kinds: list[str]
+) -> None:
+    encoder = randomise(Encoder(SMALL, HIDDEN, HEADS, READ, backend, kinds), scale=0.6)
+    assert [type(layer).__name__ for layer in encoder.layers] == [f"{kind.capitalize()}Layer" for kind in kinds]
+    out = encoder(graph)
+    for b in range(3):
+        expected = reference(encoder, graph, b)
+        for node in READ:
+            torch.testing.assert_close(out[node][b], expected[node], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kinds", [["gat"], ["sage"], ["gat", "sage"]], ids="-".join)
+@pytest.mark.parametrize("backend", ["dense", "segment", "native"])
+def test_there_may_be_another_number_of_layers(
+    randomise: Callable[..., Any], graph: GraphBatch, backend: str, kinds: list[str]
+) -> None:
+    encoder = randomise(Encoder(SMALL, [6] * len(kinds), HEADS, READ, backend, kinds), scale=0.6)
+    expected = encoders.backend("pyg")(encoder, graph)
+    for node, value in encoder(graph).items():
+        torch.testing.assert_close(value, expected[node], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -285,12 +313,13 @@ def test_an_unknown_or_unavailable_backend_is_refused(
 
 @pytest.mark.parametrize("backend", ["dense", "segment", "native"])
 @pytest.mark.parametrize("batch", [1, 5, 40])
+@pytest.mark.parametrize("kinds", [["sage", "sage", "gat", "gat"], *KINDS], ids="-".join)
 def test_gradients_are_those_of_pyg(
-    randomise: Callable[..., Any], random_graph: Callable[..., GraphBatch], backend: str, batch: int
+    randomise: Callable[..., Any], random_graph: Callable[..., GraphBatch], backend: str, batch: int, kinds: list[str]
 ) -> None:
     graph, found = random_graph(batch, SIZES, 0.5, seed=batch, schema=SMALL), {}
     for name in ("pyg", backend):
-        encoder = randomise(Encoder(SMALL, HIDDEN, HEADS, READ, name), scale=0.6)
+        encoder = randomise(Encoder(SMALL, HIDDEN, HEADS, READ, name, kinds), scale=0.6)
         generator = torch.Generator().manual_seed(1)
         out = encoder(graph)
         sum((out[node] * torch.randn(out[node].shape, generator=generator)).sum() for node in READ).backward()
