@@ -25,6 +25,7 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
@@ -150,9 +151,13 @@ def play(pool: Pool, of: str, split: str, count: int, chosen: list[tuple[str, di
 
 
 def _version(source: str) -> str:
-    """Tells results of a run's earlier checkpoints from those of its last one."""
+    """Tells results of other checkpoints and fits from those of this one."""
+    if not source:
+        return ""
     path = Path(source)
-    return checkpoint.found(path)[0].stem if path.is_dir() else path.stem
+    if path.is_dir():
+        path = checkpoint.found(path)[0]
+    return f"{zlib.crc32(path.read_bytes()):08x}"
 
 
 # ---- stages ---------------------------------------------------------------------------------------------------------
@@ -198,6 +203,11 @@ def run_of(variant: str, seed: int) -> Path:
     return RUNS / "train" / variant / f"seed{seed}"
 
 
+def _runs(variant: str) -> list[Path]:
+    """Their directories, in the order of the seeds."""
+    return sorted((RUNS / "train" / variant).glob("seed*"), key=lambda folder: int(folder.name[4:]))
+
+
 def train(variants: list[str], seeds: list[int], workers: int) -> None:
     """Trains what has not been trained, `workers` runs side by side, each on one core."""
     todo = [(variant, seed) for seed in seeds for variant in variants if not _done(variant, seed)]
@@ -212,7 +222,7 @@ def train(variants: list[str], seeds: list[int], workers: int) -> None:
             list(threads.map(lambda job: _train(*job, shown), todo))
     runs = {}
     for variant in VARIANTS:
-        for folder in sorted((RUNS / "train" / variant).glob("seed*")):
+        for folder in _runs(variant):
             if (folder / "study.json").exists():
                 runs[f"{variant}/{folder.name[4:]}"] = json.loads((folder / "study.json").read_text())
     _save("training.json", {"runs": runs})
@@ -273,7 +283,7 @@ def _thinned(curve: list[tuple[int, float]], points: int = 60) -> list[tuple[int
 def play_all(pool: Pool, variants: list[str], names: list[str]) -> None:
     """Every controller on every set."""
     chosen = json.loads((RESULTS / "tuning.json").read_text())["chosen"]
-    policies = [(f"{v}/{f.name[4:]}", {}, str(f)) for v in variants for f in sorted((RUNS / "train" / v).glob("seed*"))
+    policies = [(f"{v}/{f.name[4:]}", {}, str(f)) for v in variants for f in _runs(v)
                 if (f / "study.json").exists()]  # fmt: skip
     rules = [("never", {}, ""), ("random", {}, "")]
     rules += [(name, chosen[name], str(SCORERS) if name in ("linear", "neural") else "") for name in GRID]

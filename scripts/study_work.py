@@ -196,7 +196,8 @@ def played(
 def static(of: str, split: str, rows: range, source: str) -> dict[str, Tensor]:
     """Networks that start as wide as makes them as large as the policy in `source` grows the host, and never grow.
 
-    They have the host's defects, data and data order. What they have more than the host costs the same rent.
+    They have the host's defects, data and data order, and where they are as wide as the host they are the host. What
+    they have more costs the same rent.
     """
     config, seed = config_of(of), seed_of(of)
     grown = play(TamiyoController(load_policy(source), 0, True), config, rows, seed, "cpu", split=split)
@@ -207,7 +208,7 @@ def static(of: str, split: str, rows: range, source: str) -> dict[str, Tensor]:
     spec = population_spec(config)
     room = type(spec.host)(**{**vars(spec.host), "width": 2 * spec.host.width})
     wide = Population(PopulationSpec(**{**vars(spec), "host": room, "measured": False}), len(rows))
-    context, widths = p.context, torch.arange(1, room.width + 1)
+    context, widths = p.context.rows(torch.arange(len(rows))), torch.arange(1, room.width + 1)
     context.width = torch.ones_like(context.width)
     sizes = []
     for width in widths.tolist():
@@ -221,12 +222,12 @@ def static(of: str, split: str, rows: range, source: str) -> dict[str, Tensor]:
         meter.train_epoch()
     lost, everyone = wide.diverged(), torch.arange(len(rows))
     validation, test = (meter.accuracy(everyone, split).masked_fill(lost, 0.0) for split in PARTS)
-    ratio = wide.host_parameters() / p.host_parameters()
+    ratio, wider = wide.host_parameters() / p.host_parameters(), context.width != p.context.width
     twin = env.twin_accuracies()
     zero = torch.zeros(len(rows))
     return {
-        "points": 100 * (test - twin[1]) - RENT * (ratio - 1),
-        "return": validation - twin[0] - RENT / 100 * (ratio - 1),
+        "points": (100 * (test - twin[1]) - RENT * (ratio - 1)) * wider,
+        "return": (validation - twin[0] - RENT / 100 * (ratio - 1)) * wider,
         "kind": torch.from_numpy(grown["kind"]),
         "label_noise": torch.from_numpy(grown["label_noise"]),
         "params_ratio": ratio,
