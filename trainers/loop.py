@@ -261,6 +261,8 @@ class Trainer:
     def _files_guarded(self, what: str) -> Iterator[None]:
         try:
             yield
+        except BrokenPipeError:  # of the output, not of a file
+            raise
         except OSError as error:
             kept = checkpoint.found(self.run_dir)
             go_on = f"go on with: python -m trainers.train resume={self.run_dir}" if kept else "start again"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -74,6 +74,7 @@ class Preemption:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._number = number
-        print(f"\n{signal.Signals(number).name}: saving a checkpoint (once more: stop at once) ...", flush=True)
+        with suppress(OSError):  # whoever read what is printed may be gone, which must not keep it from saving
+            print(f"\n{signal.Signals(number).name}: saving a checkpoint (once more: stop at once) ...", flush=True)
         if not self._held:
             raise Stop(number)

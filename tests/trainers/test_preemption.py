@@ -34,6 +34,15 @@ def test_a_signal_stops_what_is_under_way(number: signal.Signals) -> None:
     assert signal.getsignal(number) is before
 
 
+def test_it_stops_also_if_nobody_reads_what_it_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*text: str, **how: bool) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("builtins.print", broken)
+    with Preemption(), pytest.raises(Stop):
+        send(signal.SIGTERM)
+
+
 def test_what_is_held_is_finished_first() -> None:
     done = []
 

@@ -120,6 +120,16 @@ def test_a_stop_in_between_leaves_no_trace(run_train, monkeypatch, chunk):
     assert differences(newest(run)["learner"], newest(whole.run_dir)["learner"]) == []
 
 
+def test_an_output_that_is_gone_is_no_reason_not_to_save(run_train, monkeypatch, tmp_path):
+    def broken(*arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(fork_gains, "collect", broken)
+    assert run_train(*GIVEN).code not in (0, 75)
+    run = next(tmp_path.glob("runs/digits/*"))
+    assert (newest(run)["step"], newest(run)["warm"]) == (0, False)
+
+
 def test_bad_settings():
     segment = load_config("segment")
     for name in ("tried", "epochs", "batch_size", "lr", "temperature"):
