@@ -215,9 +215,9 @@ def train(variants: list[str], seeds: list[int], workers: int) -> None:
         with Reporter("training", 100 * len(todo), "%") as reporter, ThreadPoolExecutor(workers) as threads:
             shares = dict.fromkeys(todo, 0.0)
 
-            def shown(job: tuple[str, int], share: float) -> None:
+            def shown(job: tuple[str, int], share: float, stage: str) -> None:
                 shares[job] = share
-                reporter.update(round(100 * sum(shares.values())), f"{job[0]}/{job[1]}")
+                reporter.update(round(100 * sum(shares.values())), f"{job[0]}/{job[1]}, {stage}")
 
             list(threads.map(lambda job: _train(*job, shown), todo))
     runs = {}
@@ -249,9 +249,9 @@ def _train(variant: str, seed: int, shown: Any) -> None:
     last = ""
     for line in process.stdout or ():
         last = line.strip() or last
-        if match := re.match(r"training\s+([\d,]+)/([\d,]+)", line):
-            done, total = (int(text.replace(",", "")) for text in match.groups())
-            shown((variant, seed), done / total)
+        if match := re.match(r"(training|warm start: [\w ]+?)\s+([\d,]+)/([\d,]+)", line):
+            stage, done, total = match[1], *(int(text.replace(",", "")) for text in match.groups()[1:])
+            shown((variant, seed), done / total if stage == "training" else 0.0, stage)
             (folder / "wall").write_text(str(before + time.perf_counter() - start))
     if process.wait():
         raise SystemExit(f"error: {' '.join(command)} ended with {process.returncode}: {last}; log in {folder}")

@@ -65,7 +65,10 @@ class PolicyConfig:
             raise ConfigError(f"policy.backend={self.backend}: no such backend; choose one of {known}")
         attending = [width for width, kind in zip(self.hidden, self.convolutions, strict=True) if kind == GAT]
         if self.heads < 1 or any(width % self.heads for width in attending):
-            raise ConfigError(f"policy.heads={self.heads}: must divide the widths of the GAT layers, {attending}")
+            raise ConfigError(
+                f"policy.heads={self.heads}: must divide the widths of the GAT layers, {attending} of "
+                f"policy.hidden={self.hidden}"
+            )
 
 
 Prediction = tuple[Tensor, Tensor, Tensor | None]
@@ -120,11 +123,11 @@ class GraphPolicy(nn.Module):
         encode = self.encoder.of_tensors(layout)
         if encode is None:
             return None
-        device = next(self.parameters()).device.type
+        device, places = next(self.parameters()).device.type, layout.nodes
 
         def function(x: Tensor, attr: Tensor, mask: Tensor, node_mask: Tensor) -> Prediction:
             with self._autocast(device):
-                masks = {node: node_mask[:, place] for node, place in layout.nodes.items()}
+                masks = {node: node_mask[:, place] for node, place in places.items()}
                 embeddings = encode(x, attr, mask, node_mask)
                 return _as_float(*self.heads(embeddings, masks), self.auxiliary(embeddings))
 

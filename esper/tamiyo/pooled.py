@@ -48,7 +48,7 @@ class PooledEncoder(nn.Module):
 
     def of_tensors(self, layout: Layout) -> Encode:
         """`forward` for graphs of one layout as a function that torch.compile takes whole."""
-        places = layout.nodes  # not below: torch.compile does not take the lock of a property that is not yet cached
+        places = layout.nodes  # torch.compile does not take the lock of a property that is not yet cached
 
         def function(x: Tensor, attr: Tensor, mask: Tensor, node_mask: Tensor) -> dict[str, Tensor]:
             features = {node: x[:, places[node], :count] for node, _, count in layout.types}

@@ -24,6 +24,8 @@ _NEVER = -1e30  # a score that leaves nothing of an edge; finite, so that rows w
 
 def of_tensors(encoder: Parameters, layout: Layout) -> Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]:
     """See Encoder.of_tensors."""
+    # torch.compile does not take the lock of a property that is not yet cached.
+    _ = layout.nodes, layout.blocks, layout.planes
 
     def encode(x: Tensor, attr: Tensor, mask: Tensor) -> dict[str, Tensor]:
         x, attr, mask = x.transpose(0, 1), attr.permute(2, 1, 0), mask.T
