@@ -5,7 +5,8 @@
 Every ten seconds it reads of the training process the resident memory, the open files, the threads, and the CPU time.
 Growth is the median over the last sixth of the time against the median over the second sixth (the first is warm-up:
 compilation, caches that fill, a policy that still changes how much is grown). Step time is CPU time per iteration,
-which other work on the machine disturbs less than wall time. Exit code 1 if anything has grown by more than 5 %.
+which other work on the machine disturbs less than wall time, over the CPU time that a fixed piece of work takes at that
+moment, since a shared machine is not always equally fast. Exit code 1 if anything has grown by more than 5 %.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from trainers.progress import Reporter
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "scripts" / "results" / "soak.json"
 LIMIT = 0.05
+JUDGED = ("memory_mib", "files", "threads", "step_relative")
 EVERY_S = 10.0
 PARTS = 6
+REFERENCES, WORK = 5, 400_000
 ENDLESS = ("ppo.total_steps=1000000000", "evaluation.episodes=0")
 
 
@@ -42,6 +45,16 @@ def sample(pid: int) -> dict[str, float]:
         "threads": int(status["Threads"]),
         "cpu_s": (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK"),
     }
+
+
+def reference() -> float:
+    """CPU seconds that a fixed piece of work takes now: the median of a few times."""
+    times = []
+    for _ in range(REFERENCES):
+        start = time.process_time()
+        sum(range(WORK))
+        times.append(time.process_time() - start)
+    return statistics.median(times)
 
 
 def iterations(folder: Path) -> list[dict[str, Any]]:
@@ -58,13 +71,14 @@ def part(values: list[float], number: int) -> float:
 def growth(samples: list[dict[str, float]], lines: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Of each measure, its median over the second and over the last part, and by what share it grew."""
     pairs = list(zip(samples, samples[6:], strict=False))  # a minute apart
-    steps = [
-        (b["cpu_s"] - a["cpu_s"]) / (b["iterations"] - a["iterations"])
-        for a, b in pairs
-        if b["iterations"] > a["iterations"]
-    ]
     series = {name: [float(each[name]) for each in samples] for name in ("memory_mib", "files", "threads")}
-    series["step_cpu_s"] = steps
+    series["step_cpu_s"], series["step_relative"] = [], []
+    for number, (a, b) in enumerate(pairs):
+        if b["iterations"] > a["iterations"]:
+            step = (b["cpu_s"] - a["cpu_s"]) / (b["iterations"] - a["iterations"])
+            between = statistics.median(each["reference_s"] for each in samples[number : number + 7])
+            series["step_cpu_s"].append(step)
+            series["step_relative"].append(step / between)
     for name in ("perf/update_s", "perf/collect_s", "perf/checkpoint_s"):
         series[f"{name} (wall)"] = [line[name] for line in lines]
     found = {}
@@ -88,13 +102,14 @@ def main() -> None:
             time.sleep(EVERY_S)
             if process.poll() is not None:
                 sys.exit(f"error: training ended with exit code {process.returncode}: {process.communicate()[1]}")
-            samples.append({"s": round(passed, 1), "iterations": len(iterations(folder)), **sample(process.pid)})
+            done = {"s": round(passed, 1), "iterations": len(iterations(folder)), "reference_s": reference()}
+            samples.append({**done, **sample(process.pid)})
             reporter.update(round(passed), f"{samples[-1]['memory_mib']:.0f} MiB")
         process.send_signal(signal.SIGTERM)
         code = process.wait(timeout=60)
         lines = iterations(folder)
     found = growth(samples, lines)
-    grown = [name for name in ("memory_mib", "files", "threads", "step_cpu_s") if found[name]["growth"] > LIMIT]
+    grown = [name for name in JUDGED if found[name]["growth"] > LIMIT]
     steady = [each for each in samples if each["iterations"] >= 50]
     later = next((each for each in steady if each["iterations"] >= steady[0]["iterations"] + 500), None)
     result = {
