@@ -30,6 +30,7 @@ RESULT = ROOT / "scripts" / "results" / "soak.json"
 LIMIT = 0.05
 JUDGED = ("memory_mib", "files", "threads", "step_relative")
 EVERY_S = 10.0
+SHORTEST = 3  # minutes
 PARTS = 6
 REFERENCES, WORK = 5, 400_000
 ENDLESS = ("ppo.total_steps=1000000000", "evaluation.episodes=0")
@@ -94,6 +95,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for trainers.train")
     arguments = parser.parse_args()
+    if arguments.minutes < SHORTEST:
+        parser.error(f"--minutes {arguments.minutes:g}: must be at least {SHORTEST}, to have something to compare")
     with tempfile.TemporaryDirectory() as name, Reporter("soak", round(60 * arguments.minutes), "s") as reporter:
         folder, samples, began = Path(name), [], time.monotonic()
         command = [sys.executable, "-m", "trainers.train", f"output_dir={folder}", *ENDLESS, *arguments.overrides]
