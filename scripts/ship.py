@@ -165,11 +165,15 @@ def page(card: dict[str, Any]) -> str:
         recipe["command"] or "(the run did not tell its command)",
         "```",
         "",
-        f"Seed {recipe['seed']}, {steps}, Esper {recipe['esper']}, PyTorch {recipe['torch']}. PPO:",
+        f"Seed {recipe['seed']}, {steps}, Esper {recipe['esper']}, PyTorch {recipe['torch']}. Settings:",
         "",
         "| key | value |",
         "|---|---|",
-        *(f"| `ppo.{key}` | {'null' if value is None else value} |" for key, value in recipe["ppo"].items()),
+        *(
+            f"| `{part}.{key}` | {'null' if value is None else value} |"
+            for part in ("warm_start", "ppo")
+            for key, value in recipe[part].items()
+        ),
         "",
         "## Scores",
         "",
@@ -195,6 +199,7 @@ def make_card(
         "command": command(source.parent.parent if source.parent.name == checkpoint.FOLDER else source.parent),
         "seed": config["seed"],
         "steps": state["step"],
+        "warm_start": config["warm_start"],
         "ppo": config["ppo"],
         "parameters": sum(value.numel() for value in parameters.values()),
         "esper": esper.__version__,
@@ -230,7 +235,7 @@ def cut_down(given: str, name: str, report: Path | None, note: str | None) -> di
     """
     source, state = load_state(given, "checkpoint")
     config = state["config"]
-    missing = [key for key in ("env", "policy", "ppo", "seed") if key not in config]
+    missing = [key for key in ("env", "policy", "warm_start", "ppo", "seed") if key not in config]
     if missing or "step" not in state:
         raise ConfigError(
             f"checkpoint={given}: does not say how it was trained (it has no {', '.join(missing or ['step'])})"
@@ -258,6 +263,7 @@ def cut_down(given: str, name: str, report: Path | None, note: str | None) -> di
             "seed": config["seed"],
             "env": config["env"],
             "policy": {**config["policy"], "backend": "auto"},  # what suits the machine that loads it
+            "warm_start": config["warm_start"],
             "ppo": config["ppo"],
         },
         "step": state["step"],
