@@ -93,7 +93,7 @@ def test_schedules_compile_nothing_anew_and_act(pair: Pair, collected: Collected
     learner.update(rollout, 0.0)
     before = weights(learner)
     metrics = learner.update(rollout, 0.9)
-    assert metrics["learning_rate"] == pytest.approx(2e-4)
+    assert metrics["learning_rate"] == pytest.approx(1e-4)
     assert learner.guard.recompiles == 0
     # Adam moves no parameter by much more than the learning rate in each of the four steps.
     moved = max(float((a - b).abs().max()) for a, b in zip(before, weights(learner), strict=True))

@@ -111,8 +111,8 @@ def test_a_restored_learner_has_the_scale_of_returns(
         assert metrics[0] == metrics[1]
 
 
-def test_it_is_off_unless_asked_for(make_learner: Callable[..., Simic], collected: Callable[..., Rollout]) -> None:
-    learner = make_learner(gamma=0.99, gae_lambda=0.95)
+def test_it_can_be_left_out(make_learner: Callable[..., Simic], collected: Callable[..., Rollout]) -> None:
+    learner = make_learner(gamma=0.99, gae_lambda=0.95, normalize_returns=False)
     assert learner.normalizer is None
     assert torch.equal(collected(learner).returns, collected().returns)
     assert learner.state_dict()["normalizer"] == {}
