@@ -76,8 +76,8 @@ def test_event_file_holds_the_contracts_scalars(run_train):
         )
     # 4 environments with episodes of 4 epochs
     assert lines(result.run_dir)[0]["rollout/ep_len_mean"] == 4
-    assert lines(result.run_dir)[0]["train/learning_rate"] == pytest.approx(2e-3)
-    assert lines(result.run_dir)[2]["train/learning_rate"] == pytest.approx(2e-3 / 3)
+    assert lines(result.run_dir)[0]["train/learning_rate"] == pytest.approx(1e-3)
+    assert lines(result.run_dir)[2]["train/learning_rate"] == pytest.approx(1e-3 / 3)
 
 
 def test_run_directory_and_closing_lines(run_train):
