@@ -16,7 +16,6 @@ EPISODES = 128  # of a chunk
 EVERY = 3  # epochs between the decisions that are tried
 BUSIEST = 0.35  # largest share of epochs in which an episode's random controller acts
 CULLS = 3.0  # how much more often than a germination a cull is tried
-_BATCH = 384  # forks trained side by side
 _TENSORS = ("x", "node_mask", "attr", "mask")
 _SALT = 103  # of the instances
 
@@ -46,7 +45,9 @@ def collect(config: EnvConfig, seed: int, chunk: int, tried: int = 4) -> dict[st
             weight = legal * (germinate + CULLS * cull)
             rows = everyone[weight.sum(1) > 0]
             actions = torch.multinomial(weight[rows], tried, replacement=True, generator=generator)
-            returns = _tried(env, rows, torch.cat([torch.full_like(actions[:, :1], WAIT), actions], dim=1))
+            both = torch.cat([torch.full_like(actions[:, :1], WAIT), actions], dim=1)
+            each = rows[:, None].expand_as(both)
+            returns = env.tried(each.flatten(), both.flatten(), future=True).view_as(both)
             graphs.append(graph[rows])
             found.append((actions, returns[:, 1:] - returns[:, :1]))
         weight = legal * (germinate + cull).float()
@@ -58,13 +59,6 @@ def collect(config: EnvConfig, seed: int, chunk: int, tried: int = 4) -> dict[st
     actions, gains = (torch.cat(parts) for parts in zip(*found, strict=True))
     tensors = {name: getattr(packed, name) for name in _TENSORS}
     return {**tensors, "action_mask": masks, "actions": actions, "gains": gains}
-
-
-def _tried(env: GrowthEnv, rows: Tensor, actions: Tensor) -> Tensor:
-    """Returns of the episodes `rows` ([m]) after each of `actions` [m, k]."""
-    every = rows[:, None].expand_as(actions).flatten()
-    parts = zip(every.split(_BATCH), actions.flatten().split(_BATCH), strict=True)
-    return torch.cat([env.fork(part, future=True).played_out(chosen) for part, chosen in parts]).view_as(actions)
 
 
 def layout(config: EnvConfig) -> Layout:

@@ -32,6 +32,7 @@ from esper.runtime import seeding
 SPLITS = ("train", "heldout")
 """Instances (contexts, init, data order, data subset, noise) of the two splits never coincide."""
 
+_FORKS = 384  # trained side by side
 _EPISODE = 101  # salt of the instances' keys
 
 
@@ -165,9 +166,10 @@ class GrowthEnv:
         """One epoch after the actions [N]: which episodes it has ended, rewards, scores and which hosts have diverged,
         all [N]; without `evaluate`, which the last epoch needs, only the hosts move on."""
         running = self._running.clone()
-        foreseen = self._foreseen(torch.where(running, actions.cpu(), WAIT)) if self._foresees else self._potential
+        actions = torch.where(running, actions.cpu(), WAIT)
+        foreseen = self._foreseen(actions) if self._foresees else self._potential
         # Hosts whose episode is over are trained along, for nothing: they are part of the batch.
-        verbs = self.layout.execute(self.population, torch.where(running, actions.cpu(), WAIT))
+        verbs = self.layout.execute(self.population, actions)
         self._counts += torch.nn.functional.one_hot(verbs, len(Verb)) * running[:, None]
         cost = self._epoch_cost()
         self._accuracy.train_epoch(evaluate)
@@ -218,13 +220,19 @@ class GrowthEnv:
             actions = torch.zeros_like(actions)
         return self._returns
 
+    def tried(self, rows: Tensor, actions: Tensor, future: bool = False) -> Tensor:
+        """[m], the returns of the episodes `rows` ([m], repeats allowed) if `actions` [m] are done now and nothing
+        after them, on forks; see `fork`."""
+        parts = zip(rows.split(_FORKS), actions.split(_FORKS), strict=True)
+        return torch.cat([self.fork(part, future).played_out(chosen) for part, chosen in parts])
+
     def _foreseen(self, actions: Tensor) -> Tensor:
         """[N], the returns of the episodes if `actions` are done now and nothing after them, strikes and shifts that
         are still to come included. Waiting leaves them as they are."""
         foreseen = self._potential.clone()
         rows = (actions != WAIT).nonzero().squeeze(1)
         if len(rows):
-            foreseen[rows] = self.fork(rows, future=True).played_out(actions[rows])
+            foreseen[rows] = self.tried(rows, actions[rows], future=True)
         return foreseen
 
     def _epoch_cost(self) -> tuple[Tensor, Tensor]:
@@ -263,10 +271,12 @@ class GrowthEnv:
             twin = torch.full_like(twin, self.reference.static)
         return gain(loss, twin, self.reference)
 
-    def _better(self, ended: Tensor, diverged: Tensor, part: str, twin: bool = True) -> Tensor:
+    def _better(
+        self, ended: Tensor, diverged: Tensor, part: str, twin: bool = True, last: Tensor | None = None
+    ) -> Tensor:
         """[m], how far the accuracies of the episodes `ended` are above their twins' (or 0) on a part of the data;
-        those of hosts that have `diverged` ([m]) are 0."""
-        accuracy = self._accuracy.accuracy(ended, part).masked_fill(diverged, 0.0)
+        those of hosts that have `diverged` ([m]) are 0. `last` as for `Meter.accuracy`."""
+        accuracy = self._accuracy.accuracy(ended, part, last).masked_fill(diverged, 0.0)
         return accuracy - self._twin[ended, -2 + PARTS.index(part)] * twin
 
     def twin_accuracies(self) -> tuple[Tensor, Tensor]:
@@ -300,6 +310,7 @@ class GrowthEnv:
         """
         p = self.population
         growth = self._kept_parameters()[ended] / p.host_parameters()[ended]
+        test = p.accuracy(ended, "test").cpu()
         return {
             "env": ended,
             "kind": self._kinds[ended],
@@ -307,7 +318,7 @@ class GrowthEnv:
             "return": self._returns[ended],
             "length": p.epoch[ended],
             "gain": score,
-            "points": 100 * self._better(ended, diverged, "test") - RENT * growth,
+            "points": 100 * self._better(ended, diverged, "test", last=test) - RENT * growth,
             "diverged": diverged,
             "germinated": self._counts[ended, Verb.GERMINATE],
             "fossilized": self._counts[ended, Verb.FOSSILIZE],
@@ -316,7 +327,7 @@ class GrowthEnv:
             "params_ratio": 1 + growth,
             "flops_ratio": self._flops_ratio()[ended],
             "validation_accuracy": p.accuracy(ended, "validation").cpu(),
-            "test_accuracy": p.accuracy(ended, "test").cpu(),
+            "test_accuracy": test,
             "twin_validation_accuracy": self._twin[ended, -4],
             "twin_test_accuracy": self._twin[ended, -3],
         }

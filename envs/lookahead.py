@@ -173,6 +173,4 @@ class LookAhead:
         if epoch < self.first or (epoch - self.first) % self.every or not env.running:
             return torch.full((len(graph),), WAIT)
         rows, actions = germinations(env.population)
-        parts = zip(rows.split(_BATCH), actions.split(_BATCH), strict=True)
-        returns = torch.cat([env.fork(part, self.future).played_out(chosen) for part, chosen in parts])
-        return best(rows, actions, returns, len(graph), self.margin)
+        return best(rows, actions, env.tried(rows, actions, self.future), len(graph), self.margin)

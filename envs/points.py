@@ -67,10 +67,15 @@ class Meter:
         p = self._population
         return p.epoch[rows] / self._epochs + p.extra_flops[rows] / (self._epochs * p.host_flops()[rows])
 
-    def accuracy(self, rows: Tensor, split: str) -> Tensor:
-        """[m], of the hosts `rows` ([m]), whose episodes are over, on the split "validation" or "test", in [0, 1]."""
+    def accuracy(self, rows: Tensor, split: str, last: Tensor | None = None) -> Tensor:
+        """[m], of the hosts `rows` ([m]), whose episodes are over, on the split "validation" or "test", in [0, 1].
+
+        Args:
+            last: their accuracies on it now, where these are known already, [m].
+        """
         p = self._population
-        last, area = p.accuracy(rows, split).cpu(), self.area[rows, PARTS.index(split)]
+        last = p.accuracy(rows, split).cpu() if last is None else last
+        area = self.area[rows, PARTS.index(split)]
         if split == "validation":
             last = (self.late[rows] + last) / (self.counted[rows] + 1)
         return torch.where(p.context.priced[rows], area, last)

@@ -81,7 +81,8 @@ class Twins:
             lost |= population.diverged()
             losses.append(population.validation_loss.cpu().masked_fill(lost, torch.inf))
         accuracies = [population.accuracy(everyone, split).cpu() for split in PARTS]
-        accuracies += [meter.accuracy(everyone, split).masked_fill(lost, 0.0) for split in PARTS]
+        known = list(zip(PARTS, accuracies, strict=True))
+        accuracies += [meter.accuracy(everyone, split, last).masked_fill(lost, 0.0) for split, last in known]
         return torch.stack(losses + accuracies, dim=1)
 
 

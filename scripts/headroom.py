@@ -18,15 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from chunks import Pool
 from torch import Tensor
 
 from envs import lookahead, tasks
@@ -39,10 +37,9 @@ from esper.growth.actions import ActionLayout
 from esper.growth.observation import Observer
 from esper.growth.population import Population
 from esper.growth.state import PopulationSpec
-from esper.runtime import precision, seeding
+from esper.runtime import seeding
 from esper.tamiyo import baselines
 from esper.tamiyo.baselines.linear import features
-from trainers.progress import Reporter
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results" / "headroom"
@@ -247,18 +244,10 @@ def large(config: EnvConfig, key: Tensor) -> dict[str, Tensor]:
 # ---- the study ------------------------------------------------------------------------------------------------------
 
 
-def _work(function: Callable[..., dict[str, Tensor]], arguments: tuple, path: Path) -> None:
-    precision.set_up("cpu")
-    found = function(*arguments)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(found, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
-
-
 class Study:
     """The chunks of one environment: computed by workers once, and read from the cache ever after."""
 
-    def __init__(self, instances: str, pool: ProcessPoolExecutor, folder: Path):
+    def __init__(self, instances: str, pool: Pool, folder: Path):
         self.instances, self._pool, self._folder = instances, pool, folder / instances.replace("/", "-")
 
     def run(self, what: str, jobs: list[tuple[Callable[..., dict[str, Tensor]], tuple]]) -> list[dict[str, Tensor]]:
@@ -267,14 +256,10 @@ class Study:
         for function, arguments in jobs:
             name = "-".join([function.__name__, *map(_plain, arguments)])
             paths.append(self._folder / f"{name}.pt")
-        missing = [(job, path) for job, path in zip(jobs, paths, strict=True) if not path.exists()]
-        if missing:
-            with Reporter(f"{self.instances} {what}", len(missing), "chunks") as reporter:
-                futures = [self._pool.submit(_work, f, (self.instances, *a), path) for (f, a), path in missing]
-                for done, future in enumerate(as_completed(futures), 1):
-                    future.result()
-                    reporter.update(done)
-        return [torch.load(path, weights_only=True) for path in paths]
+        return self._pool.run(
+            f"{self.instances} {what}",
+            [(f, (self.instances, *a), path) for (f, a), path in zip(jobs, paths, strict=True)],
+        )
 
 
 def _plain(value: Any) -> str:
@@ -316,7 +301,7 @@ def main() -> None:
     for part in CHUNK:  # before the workers start, which inherit it
         shared.CHUNK[part] = CHUNK[part] // arguments.shrink
     folder = CACHE if arguments.shrink == 1 else CACHE.with_name(f"{CACHE.name}-{arguments.shrink}")
-    with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("fork")) as pool:
+    with Pool(arguments.workers) as pool:
         for name in arguments.instances:
             found = analyse(Study(name, pool, folder), sizes)
             RESULTS.mkdir(parents=True, exist_ok=True)

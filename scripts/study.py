@@ -19,20 +19,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import time
 import zlib
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import study_work as work
 import torch
+from chunks import Pool
 from study_work import SETS, TRAINED_ON
 
 from esper.runtime import checkpoint
@@ -41,6 +42,7 @@ from trainers.progress import Reporter
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results" / "study"
 RUNS = ROOT / "runs" / "study"
+SCORERS = RUNS / "scorers.pt"
 STAGES = ("fit", "tune", "train", "play")
 
 _SHORT = ["ppo.total_steps=400_000"]
@@ -61,6 +63,7 @@ VARIANTS: dict[str, list[str]] = {
 """What is trained, as overrides of `experiment=study`: the recipe, and what differs from it, on fewer steps, which
 `short` is to be compared with."""
 
+RECORD = "study.json"  # of a run that has ended, in its directory
 KINDS = ["bypass", "norm", "widen", "mlp", "low_rank"]
 
 
@@ -101,38 +104,18 @@ CHUNK = {"lookahead": 32, "oracle": 64}
 CHUNK_ELSE = 256
 
 
-class Pool:
-    """Workers whose results are kept in files: computed once, and read ever after."""
-
-    def __init__(self, workers: int):
-        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(self, *reason: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def run(self, what: str, jobs: list[tuple[Any, tuple[Any, ...], Path]]) -> list[Any]:
-        """What the functions return for their arguments, each kept at its path."""
-        missing = [job for job in jobs if not job[2].exists()]
-        if missing:
-            with Reporter(what, len(missing), "chunks") as reporter:
-                futures: list[Future[None]] = [self._pool.submit(work.write, *job) for job in missing]
-                for done, future in enumerate(as_completed(futures), 1):
-                    future.result()
-                    reporter.update(done)
-        return [torch.load(path, weights_only=True) for _, _, path in jobs]
-
-
 def _name(*parts: Any) -> str:
     """A file name."""
     plain = (",".join(f"{k}={v}" for k, v in p.items()) if isinstance(p, dict) else str(p) for p in parts)
     return "-".join(plain).replace("/", "-") + ".pt"
 
 
-def play(pool: Pool, of: str, split: str, count: int, chosen: list[tuple[str, dict[str, Any], str]], what: str) -> Any:
-    """The accounts of controllers (name, knobs, source) on the first `count` instances of a set, in their order."""
+Trial = tuple[str, dict[str, Any], str]
+"""A controller: its name, knobs and source, see `study_work.controller_of`."""
+
+
+def play(pool: Pool, of: str, split: str, count: int, chosen: list[Trial], what: str) -> Any:
+    """The accounts of controllers on the first `count` instances of a set, in their order."""
     jobs, numbers = [], []
     for name, knobs, source in chosen:
         chunk = CHUNK.get(name, CHUNK_ELSE)
@@ -170,32 +153,29 @@ def fit(pool: Pool) -> None:
     pool.run("scorers", [(work.fit, ([str(path) for path in paths],), SCORERS)])
 
 
-SCORERS = RUNS / "scorers.pt"
-
-
 def tune(pool: Pool) -> None:
     """The knobs with the largest mean return on training instances, by successive halving."""
     left = {name: list(grid) for name, grid in GRID.items()}
     scores: dict[str, dict[str, float]] = {}
-    played = 0
-    for instances, kept in ROUNDS:
-        if kept:
-            left = {name: sorted(own, key=lambda k, n=name: -scores[n][str(k)])[:kept] for name, own in left.items()}
-        trials = [(name, knobs, str(SCORERS)) for name, own in left.items() for knobs in own]
-        found = play(pool, TRAINED_ON, "train", instances, trials, f"tuning on {instances}")
-        played = max(played, instances)
+
+    def tried(trials: list[Trial], instances: int, what: str) -> None:
+        found = play(pool, TRAINED_ON, "train", instances, trials, what)
         for (name, knobs, _), accounts in zip(trials, found, strict=True):
             scores.setdefault(name, {})[str(knobs)] = round(100 * float(accounts["return"].mean()), 3)
-    chosen = {name: max(own, key=lambda k, n=name: scores[n][str(k)]) for name, own in left.items()}
-    trials = [("lookahead", {"margin": margin}, "") for margin in MARGINS]
-    found = play(pool, TRAINED_ON, "train", LOOKED, trials, "margins")
-    margins = {
-        str(knobs): round(100 * float(a["return"].mean()), 3) for (_, knobs, _), a in zip(trials, found, strict=True)
-    }
-    scores["lookahead"] = margins
-    chosen["lookahead"] = max((knobs for _, knobs, _ in trials), key=lambda k: margins[str(k)])
-    _save("tuning.json", {"rounds": ROUNDS, "grid": {**GRID, "lookahead": [k for _, k, _ in trials]}, "chosen": chosen,
-                          "scores": scores})  # fmt: skip
+
+    def ranked(name: str, own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return sorted(own, key=lambda knobs: -scores[name][str(knobs)])
+
+    for instances, kept in ROUNDS:
+        if kept:
+            left = {name: ranked(name, own)[:kept] for name, own in left.items()}
+        trials = [(name, knobs, str(SCORERS)) for name, own in left.items() for knobs in own]
+        tried(trials, instances, f"tuning on {instances}")
+    left["lookahead"] = [{"margin": margin} for margin in MARGINS]
+    tried([("lookahead", knobs, "") for knobs in left["lookahead"]], LOOKED, "margins")
+    chosen = {name: ranked(name, own)[0] for name, own in left.items()}
+    grid = {**GRID, "lookahead": left["lookahead"]}
+    _save("tuning.json", {"rounds": ROUNDS, "grid": grid, "chosen": chosen, "scores": scores})
 
 
 def run_of(variant: str, seed: int) -> Path:
@@ -203,14 +183,17 @@ def run_of(variant: str, seed: int) -> Path:
     return RUNS / "train" / variant / f"seed{seed}"
 
 
-def _runs(variant: str) -> list[Path]:
-    """Their directories, in the order of the seeds."""
-    return sorted((RUNS / "train" / variant).glob("seed*"), key=lambda folder: int(folder.name[4:]))
+def _runs(variants: Iterable[str]) -> dict[str, Path]:
+    """The directories of the runs that have ended, by VARIANT/SEED, in the order of the seeds."""
+    records = [path for variant in variants for path in (RUNS / "train" / variant).glob(f"seed*/{RECORD}")]
+    found = {f"{path.parts[-3]}/{path.parts[-2][4:]}": path.parent for path in records}
+    return dict(sorted(found.items(), key=lambda run: int(run[0].rpartition("/")[2])))
 
 
 def train(variants: list[str], seeds: list[int], workers: int) -> None:
     """Trains what has not been trained, `workers` runs side by side, each on one core."""
-    todo = [(variant, seed) for seed in seeds for variant in variants if not _done(variant, seed)]
+    done = _runs(variants)
+    todo = [(variant, seed) for seed in seeds for variant in variants if f"{variant}/{seed}" not in done]
     if todo:
         with Reporter("training", 100 * len(todo), "%") as reporter, ThreadPoolExecutor(workers) as threads:
             shares = dict.fromkeys(todo, 0.0)
@@ -220,20 +203,12 @@ def train(variants: list[str], seeds: list[int], workers: int) -> None:
                 reporter.update(round(100 * sum(shares.values())), f"{job[0]}/{job[1]}, {stage}")
 
             list(threads.map(lambda job: _train(*job, shown), todo))
-    runs = {}
-    for variant in VARIANTS:
-        for folder in _runs(variant):
-            if (folder / "study.json").exists():
-                runs[f"{variant}/{folder.name[4:]}"] = json.loads((folder / "study.json").read_text())
-    _save("training.json", {"runs": runs})
-
-
-def _done(variant: str, seed: int) -> bool:
-    return (run_of(variant, seed) / "study.json").exists()
+    records = {name: json.loads((folder / RECORD).read_text()) for name, folder in _runs(VARIANTS).items()}
+    _save("training.json", {"runs": records})
 
 
 def _train(variant: str, seed: int, shown: Any) -> None:
-    """One run in a process of its own, from where an earlier one was stopped; leaves `study.json` in its directory."""
+    """One run in a process of its own, from where an earlier one was stopped; leaves RECORD in its directory."""
     folder = run_of(variant, seed)
     command = ["-m", "trainers.train", "experiment=study", f"seed={seed}", *VARIANTS[variant], "evaluation.episodes=0"]
     given = [f"resume={folder}"] if folder.exists() and checkpoint.found(folder) else []
@@ -265,7 +240,7 @@ def _train(variant: str, seed: int, shown: Any) -> None:
         "parameters": sum(values.numel() for values in policy.values()),
         "curve": [[step, round(100 * value, 2)] for step, value in _thinned(curve)],
     }
-    (folder / "study.json").write_text(json.dumps(record))
+    (folder / RECORD).write_text(json.dumps(record))
 
 
 def _wall(folder: Path) -> float:
@@ -283,8 +258,7 @@ def _thinned(curve: list[tuple[int, float]], points: int = 60) -> list[tuple[int
 def play_all(pool: Pool, variants: list[str], names: list[str]) -> None:
     """Every controller on every set."""
     chosen = json.loads((RESULTS / "tuning.json").read_text())["chosen"]
-    policies = [(f"{v}/{f.name[4:]}", {}, str(f)) for v in variants for f in _runs(v)
-                if (f / "study.json").exists()]  # fmt: skip
+    policies = [(name, {}, str(folder)) for name, folder in _runs(variants).items()]
     rules = [("never", {}, ""), ("random", {}, "")]
     rules += [(name, chosen[name], str(SCORERS) if name in ("linear", "neural") else "") for name in GRID]
     for of in names:
@@ -302,7 +276,7 @@ def play_all(pool: Pool, variants: list[str], names: list[str]) -> None:
         _save(f"scores-{of.replace('/', '-')}.json", _scores(of, role, label, everyone, found))
 
 
-def _scores(of: str, role: str, label: str, everyone: list[tuple[str, dict[str, Any], str]], found: Any) -> Any:
+def _scores(of: str, role: str, label: str, everyone: list[Trial], found: Any) -> Any:
     first = found[0]
     noisy = first["label_noise"] > 0
     epochs = work.config_of(of).epochs

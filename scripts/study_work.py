@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from envs.points import PARTS, RENT, Meter
 from esper.graph import GraphBatch
 from esper.growth.population import Population
 from esper.growth.state import PopulationSpec
-from esper.runtime import precision
 from esper.tamiyo import baselines
 from esper.tamiyo.baselines import Controller
 from esper.tamiyo.baselines.linear import Linear, LinearKnobs, features
@@ -110,16 +109,35 @@ def fit(paths: list[str]) -> dict[str, Any]:
     }
 
 
-class NeuralScorer(Linear):
-    """The greedy scorer with a small network, the same for every slot, in the place of linear functions."""
+class Scorer(Linear):
+    """The greedy scorer of what germinations gain, by any function of the features of their slots.
 
-    def __init__(self, knobs: LinearKnobs, scorer: Neural, ramp: int):
-        super().__init__(knobs, torch.zeros(1, 1), ramp)
-        self._scorer = scorer
+    Args:
+        knobs: its knobs.
+        score: [N, slots, F] -> [N, slots, blueprints], of the blueprints of TRAINED_ON.
+        config: of the environment it is to act in; a blueprint that `score` does not know is never chosen there.
+    """
+
+    def __init__(self, knobs: LinearKnobs, score: Callable[[Tensor], Tensor], config: EnvConfig):
+        super().__init__(knobs, torch.zeros(1, 1), baselines.BaselinesConfig().ramp)
+        known = list(config_of(TRAINED_ON).blueprints)
+        order = [known.index(kind) if kind in known else len(known) for kind in config.blueprints]
+        self._score, self._order = score, torch.tensor(order)
 
     @torch.no_grad()
     def score(self, graph: GraphBatch) -> Tensor:
-        return self._scorer(features(graph))
+        scores = torch.nn.functional.pad(self._score(features(graph)), (0, 1), value=-torch.inf)
+        return scores[:, :, self._order]
+
+
+def _scorer(name: str, fitted: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """What `fit` has fitted as "linear" or "neural"."""
+    weights, own = fitted["weights"], dict(fitted["neural"])
+    if name == "linear":
+        return lambda seen: seen @ weights.T
+    scorer = Neural(own.pop("mean"), own.pop("scale"), len(weights))
+    scorer.network.load_state_dict(own)
+    return scorer
 
 
 # ---- playing --------------------------------------------------------------------------------------------------------
@@ -139,46 +157,18 @@ def controller_of(name: str, config: EnvConfig, knobs: dict[str, Any], source: s
         knobs: of a baseline or a look-ahead.
         source: the file of the fitted scorers, or the run directory of a policy.
     """
-    kinds = list(config.blueprints)
     if "/" in name:
         return TamiyoController(load_policy(source), 0, deterministic=True)
     if name == "lookahead":
         return LookAhead(**knobs)
     if name == "oracle":  # of one germination at the third epoch, by validation; it knows the host's own future
         return LookAhead(future=True, first=3, every=1 << 30)
-    given = baselines.BaselinesConfig()
     if name in ("linear", "neural"):
-        fitted = _fitted(source)
-        known = list(config_of(TRAINED_ON).blueprints)
-        if name == "neural":
-            of = dict(fitted["neural"])
-            scorer = Neural(of.pop("mean"), of.pop("scale"), len(known))
-            scorer.network.load_state_dict(of)
-            return _Renamed(NeuralScorer(LinearKnobs(**knobs), scorer, given.ramp), known, kinds)
-        return _Renamed(Linear(LinearKnobs(**knobs), fitted["weights"], given.ramp), known, kinds)
+        return Scorer(LinearKnobs(**knobs), _scorer(name, _fitted(source)), config)
+    given = baselines.BaselinesConfig()
     for key, value in knobs.items():
         setattr(getattr(given, name), key, value)
-    return baselines.make(name, given, "none", kinds, 0)
-
-
-class _Renamed:
-    """A scorer in an environment whose blueprints are others: what it has not been fitted for is never chosen."""
-
-    def __init__(self, scorer: Linear, known: list[str], kinds: list[str]):
-        self._scorer, score = scorer, scorer.score
-        order = torch.tensor([known.index(kind) if kind in known else len(known) for kind in kinds])
-
-        def renamed(graph: GraphBatch) -> Tensor:
-            scores = torch.nn.functional.pad(score(graph), (0, 1), value=-torch.inf)
-            return scores[:, :, order]
-
-        scorer.score = renamed  # type: ignore[method-assign]
-
-    def begin(self, hosts: int) -> None:
-        self._scorer.begin(hosts)
-
-    def act(self, graph: GraphBatch) -> Tensor:
-        return self._scorer.act(graph)
+    return baselines.make(name, given, "none", list(config.blueprints), 0)
 
 
 def played(
@@ -236,12 +226,3 @@ def static(of: str, split: str, rows: range, source: str) -> dict[str, Tensor]:
         "culled": zero,
         "waited": zero + config.epochs,
     }
-
-
-def write(function: Any, arguments: tuple[Any, ...], path: Path) -> None:
-    """Keeps what a function returns."""
-    precision.set_up("cpu")
-    found = function(*arguments)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(found, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)

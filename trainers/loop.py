@@ -24,7 +24,7 @@ from esper.runtime.telemetry import Telemetry
 from esper.simic.learner import Simic
 from esper.simic.rollout import Rollout
 from esper.tamiyo.actor import Actor
-from esper.tamiyo.loading import check_parameters, interface_of, load_state, policy_of
+from esper.tamiyo.loading import check_parameters, interface_of, load_state
 from esper.tamiyo.policies import make_policy
 from esper.tamiyo.policy import Tamiyo
 from trainers import judging, warm_start
@@ -99,7 +99,7 @@ class Trainer:
                 "that was trained on an environment of the same kind and sizes"
             )
         check_parameters(self.policy, state, f"init={given}")
-        self.policy.load_state_dict(policy_of(state, origin=f"init={given}").state_dict())
+        self.policy.load_state_dict(state["learner"]["policy"])
 
     @property
     def steps_per_iteration(self) -> int:

@@ -25,6 +25,7 @@ UNIT = 0.05  # return that a difference of 1 between two logits stands for while
 LARGEST = 0.6  # return; a host that diverges says no more than that
 _MAX_NORM = 5.0  # of the gradient
 _WEIGHT_DECAY = 0.01
+_SALT = 104  # of the order of decisions; `envs.fork_gains` has another
 
 
 def run(policy: Tamiyo, config: EnvConfig, settings: WarmStartConfig, seed: int, run_dir: Path) -> None:
@@ -52,7 +53,7 @@ def run(policy: Tamiyo, config: EnvConfig, settings: WarmStartConfig, seed: int,
 
 def fit(policy: Tamiyo, config: EnvConfig, settings: WarmStartConfig, seed: int, found: dict[str, Tensor]) -> None:
     """Regression: an action's logit is to be above WAIT's by what the action gains, in units of UNIT."""
-    generator = torch.Generator().manual_seed(int(seeding.fold(torch.tensor(seed), 104)))
+    generator = torch.Generator().manual_seed(int(seeding.fold(torch.tensor(seed), _SALT)))
     of, count = fork_gains.layout(config), len(found["gains"])
     device = next(policy.parameters()).device
     targets = found["gains"].clamp(-LARGEST, LARGEST) / UNIT

@@ -57,7 +57,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Any:
         for name, value in settings.items():
             patch.setattr(study, name, value)
         yield study
-    for name in ("study", "study_work"):
+    for name in ("study", "study_work", "chunks"):
         sys.modules.pop(name)
 
 
@@ -165,7 +165,7 @@ def test_nothing_is_computed_twice(done: Any, monkeypatch: pytest.MonkeyPatch) -
     def never(*arguments: Any) -> None:
         raise AssertionError("computed twice")
 
-    monkeypatch.setattr(done.work, "write", never)
+    monkeypatch.setattr(sys.modules["chunks"], "write", never)
     monkeypatch.setattr(done, "_train", never)
     with done.Pool(1) as pool:
         done.fit(pool)
