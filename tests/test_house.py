@@ -11,6 +11,8 @@ FLOORS = {
     "esper.graph": 1,
     "esper.runtime": 1,
     "esper.growth": 2,
+    "esper.attention": 2,
+    "esper.hosts": 3,
     "envs": 3,
     "esper.tamiyo": 3,
     "esper.simic": 4,

@@ -11,7 +11,6 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from esper.runtime import precision
 from esper.runtime.errors import ConfigError
 from trainers import benchmarks, cli, config
 from trainers.benchmarks import timing
@@ -41,7 +40,7 @@ def _main(given: DictConfig) -> None:
     settings.validate()
     suite = benchmarks.get(settings.suite)
     path = _output(settings.out)
-    precision.set_up(settings.runtime.device, settings.runtime.threads)
+    settings.runtime.set_up()
     machine, started = timing.machine(settings.runtime.device), datetime.now().astimezone()
     report = suite(settings)
     content = {

@@ -13,6 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from envs.adapter_config import GymConfig, HeteroConfig
 from envs.config import BaseEnvConfig, EnvConfig
+from esper.attention import selection
 from esper.runtime import precision
 from esper.runtime.compiled import CompileGuard
 from esper.runtime.errors import ConfigError, check_positive
@@ -32,6 +33,7 @@ class RuntimeConfig:
     compile: bool = True  # the actor and the update step by torch.compile
     cuda_graphs: bool = False  # capture them
     actor_device: str | None = None  # where the actor runs; None: on `device`
+    attention: str = selection.AUTO  # backend of attention: one of attention.BACKENDS or its aliases
 
     def validate(self) -> None:
         """Checks the values.
@@ -41,6 +43,7 @@ class RuntimeConfig:
         """
         check_positive("runtime", {"threads": self.threads})
         precision.check(self.precision)
+        selection.checked(self.attention, "config")
         for name in ("device", "actor_device"):
             device = getattr(self, name)
             try:
@@ -52,6 +55,11 @@ class RuntimeConfig:
             raise ConfigError(f"runtime.cuda_graphs=true: needs runtime.device=cuda, not {self.device}")
         if self.cuda_graphs and not self.compile:
             raise ConfigError("runtime.cuda_graphs=true: needs runtime.compile=true")
+
+    def set_up(self) -> None:
+        """Sets how this process calculates; once, when it starts."""
+        precision.set_up(self.device, self.threads)
+        selection.configure(self.attention)
 
     def guard(self, name: str, device: str) -> CompileGuard:
         """Of what is called `name` and runs on `device`."""

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from envs.config import EnvConfig
 from envs.growth_env import GrowthEnv
 from envs.making import make_envs, saved_env_config
-from esper.runtime import checkpoint, precision
+from esper.runtime import checkpoint
 from esper.runtime.errors import ConfigError
 from esper.tamiyo.loading import PRETRAINED, interface_of, load_state, policy_of
 from trainers import cli, config, judging
@@ -42,7 +42,7 @@ def _main(given: DictConfig) -> None:
             f"env={env.name}: its graphs or actions differ from those that {settings.checkpoint} was trained on; "
             "evaluate it on an environment of the same kind and sizes"
         )
-    precision.set_up(settings.runtime.device, settings.runtime.threads)
+    settings.runtime.set_up()
     policy = policy_of(state, settings.runtime.device, f"checkpoint={settings.checkpoint}")
     learned = {} if growth else state["env"]["learned"]
     label, folder = _place(path, state, env.name)

@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_map_only
 from envs.adapter import AdaptedEnv
 from envs.config import EnvConfig
 from envs.making import make_envs
+from esper import attention
 from esper.graph.interface import GROWTH
-from esper.runtime import checkpoint, precision, seeding
+from esper.runtime import checkpoint, seeding
 from esper.runtime.errors import ConfigError, EsperError, Preempted, TrainingError
 from esper.runtime.telemetry import Telemetry
 from esper.simic.learner import Simic
@@ -60,7 +61,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, run_dir: Path, state: dict[str, Any] | None = None):
         self.config, self.run_dir = config, run_dir
         device = config.runtime.device
-        precision.set_up(device, config.runtime.threads)
+        config.runtime.set_up()
         seeding.seed_everything(config.seed)
         self.env = make_envs(config.env, config.env.num_envs, device=device)
         self.policy = make_policy(config.policy, self.env.interface).to(device)
@@ -216,6 +217,7 @@ class Trainer:
             "tamiyo.gnn.compile_fallback_total": float(self.actor.guard.fallback_total),
             "tamiyo.gnn.compile_warm_ms": self.actor.guard.warm_ms,
             "tamiyo.gnn.inference.latency_ms": _mean(self.actor.latencies_ms),
+            **attention.scalars(),
         }
 
     def _collect(self) -> None:

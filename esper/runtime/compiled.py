@@ -48,7 +48,7 @@ class CompileGuard:
     def compile(self, function: Callable[..., T]) -> Callable[..., T]:
         """`function` of tensors [B, ...] as one program for all B above 1."""
         return torch.compile(
-            _of_its_own(function), fullgraph=True, dynamic=False if self.cuda_graphs else None, backend=self._inductor
+            own_copy(function), fullgraph=True, dynamic=False if self.cuda_graphs else None, backend=self._inductor
         )
 
     def _inductor(self, program: Any, inputs: list[Tensor]) -> Any:
@@ -93,7 +93,7 @@ class CompileGuard:
         self.warm = True
 
 
-def _of_its_own(function: Callable[..., T]) -> Callable[..., T]:
+def own_copy(function: Callable[..., T]) -> Callable[..., T]:
     """A copy with a code object of its own: torch.compile keeps only a few programs for each, whatever they close over,
     and takes numbers in which they differ for ones that vary."""
     code = function.__code__

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from esper import attention
 from esper.graph import Edges, GraphBatch
 from esper.graph.schema import GraphSchema
 from esper.runtime.errors import ConfigError
@@ -186,6 +187,38 @@ def test_layers_of_any_kinds_are_the_loop(
         expected = reference(encoder, graph, b)
         for node in READ:
             torch.testing.assert_close(out[node][b], expected[node], atol=1e-5, rtol=1e-5)
+
+
+def doubled(graph: GraphBatch) -> GraphBatch:
+    """Every edge twice, with other attributes the second time."""
+    edges = {}
+    for relation, own in graph.edges.items():
+        order = own.target.repeat(1, 2).argsort(dim=1, stable=True)
+        source, target, mask = (x.repeat(1, 2).gather(1, order) for x in (own.source, own.target, own.mask))
+        attr = torch.cat([own.attr, 1 - own.attr], dim=1).take_along_dim(order[..., None], 1)
+        edges[relation] = Edges(source, target, attr, mask)
+    return GraphBatch(graph.x, graph.node_mask, edges, graph.action_mask)
+
+
+@pytest.mark.parametrize("parallel", [False, True], ids=["", "parallel edges"])
+@pytest.mark.parametrize("backend", ["auto", "segment", "sdpa", "reference"])
+def test_segment_attends_by_any_backend_of_attention(
+    randomise: Callable[..., Any], graph: GraphBatch, backend: str, parallel: bool
+) -> None:
+    """Densities are 0.11 to 0.5, so that `auto` takes lists of edges for some relations and dense scores for others."""
+    encoder = randomise(Encoder(SMALL, HIDDEN, HEADS, READ, "pyg"), scale=0.6)
+    graph = doubled(graph) if parallel else graph
+
+    def outputs() -> list[Tensor]:
+        out = [value for _, value in sorted(encoder(graph).items())]
+        return [*out, *torch.autograd.grad(sum(value.sin().sum() for value in out), list(encoder.parameters()))]
+
+    expected = outputs()
+    encoder.backend = "segment"
+    with attention.using(backend):
+        forced = outputs()
+    for value, right in zip(forced, expected, strict=True):
+        torch.testing.assert_close(value, right, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

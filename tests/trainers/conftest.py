@@ -36,7 +36,7 @@ STATEFUL = (
     "runtime.precision=fp16", "ppo.normalize_returns=true", "ppo.lr_schedule=adaptive", "ppo.auxiliary_coef=0.1",
     "ppo.entropy_final=0", "ppo.clip_final=0.1", "ppo.value_clip=0.2",
 )  # fmt: skip
-TIMED = ("time", "perf/", "tamiyo.gnn.")
+TIMED = ("time", "perf/", "tamiyo.gnn.", "attention/")
 
 
 class Result(NamedTuple):

@@ -55,7 +55,12 @@ def library(folder: Path) -> ctypes.CDLL | str:
         return str(error)
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """The C++ compiler of this machine.
+
+    Raises:
+        BuildError: there is none.
+    """
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and (found := shutil.which(name)):
             return found
@@ -88,9 +93,9 @@ def _sources(folder: Path) -> list[Path]:
 
 
 def _compiled(folder: Path) -> Path:
-    compiler = _compiler()
+    command = compiler()
     parts = [path.read_bytes() for path in _sources(folder)]
-    identity = b"\0".join([*parts, " ".join(_FLAGS).encode(), compiler.encode(), _processor().encode()])
+    identity = b"\0".join([*parts, " ".join(_FLAGS).encode(), command.encode(), _processor().encode()])
     target = _folder() / f"{folder.parent.name}-{hashlib.sha256(identity).hexdigest()[:16]}.so"
     if target.exists():
         return target
@@ -99,10 +104,10 @@ def _compiled(folder: Path) -> Path:
     os.close(descriptor)
     try:
         done = subprocess.run(
-            [compiler, *_FLAGS, f"-I{SHARED}", str(folder / "kernel.cpp"), "-o", name], capture_output=True, text=True
+            [command, *_FLAGS, f"-I{SHARED}", str(folder / "kernel.cpp"), "-o", name], capture_output=True, text=True
         )
         if done.returncode:
-            raise BuildError(f"{compiler} fails: {done.stderr.strip().splitlines()[:1] or done.returncode}")
+            raise BuildError(f"{command} fails: {done.stderr.strip().splitlines()[:1] or done.returncode}")
         os.replace(name, target)  # whole or not at all, also where several processes compile at once
     finally:
         Path(name).unlink(missing_ok=True)

@@ -12,9 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from esper import attention
 from esper.graph import GraphBatch
 from esper.graph.segment import segment_softmax, segment_sum
 from esper.tamiyo.encoders.parameters import SLOPE, GatLayer, Parameters, SageLayer, Shape
+
+
+class _Part(NamedTuple):
+    """One relation, as slices of what is packed."""
+
+    edges: slice
+    sent: slice  # of what all relations send
+    targets: slice  # of all nodes that the layer computes
+    own: attention.Edges
 
 
 class _Edges(NamedTuple):
@@ -28,6 +38,7 @@ class _Edges(NamedTuple):
     relations: Tensor  # [targets], how many relations end in a node's type
     rows: int  # targets of all relations
     counts: dict[str, int]  # nodes of each computed type
+    parts: list[_Part]  # of each relation
 
 
 def forward(encoder: Parameters, graph: GraphBatch) -> dict[str, Tensor]:
@@ -39,7 +50,7 @@ def forward(encoder: Parameters, graph: GraphBatch) -> dict[str, Tensor]:
     for depth, (layer, skips) in enumerate(encoder.stages()):
         targets = shape.targets(depth)
         if targets not in edges:
-            edges[targets] = _edges(shape, depth, h, index, attr)
+            edges[targets] = _edges(shape, depth, h, index, attr, len(graph))
         own = edges[targets]
         new = (_gat if shape.attends(depth) else _sage)(layer, shape, depth, h, own)
         parts = new.split(list(own.counts.values()))
@@ -47,14 +58,14 @@ def forward(encoder: Parameters, graph: GraphBatch) -> dict[str, Tensor]:
     return {node: h[node].view(*graph.x[node].shape[:2], h[node].shape[-1]) for node in shape.read}
 
 
-def _edges(shape: Shape, depth: int, h: dict[str, Tensor], index: dict, attr: dict) -> _Edges:
+def _edges(shape: Shape, depth: int, h: dict[str, Tensor], index: dict, attr: dict, graphs: int) -> _Edges:
     counts = {node: len(h[node]) for node in shape.schema.nodes if node in shape.targets(depth)}
     first, place = 0, {}
     for node, count in counts.items():
         place[node] = first
         first += count
-    sources, targets, into, relations, attrs = [], [], [], [], []
-    sent = rows = 0
+    sources, targets, into, relations, attrs, parts = [], [], [], [], [], []
+    sent = rows = known = 0
     for number, relation in enumerate(shape.relations(depth)):
         source, target = index[relation]
         sources.append(source + sent)
@@ -62,8 +73,12 @@ def _edges(shape: Shape, depth: int, h: dict[str, Tensor], index: dict, attr: di
         into.append(target + rows)
         relations.append(torch.full_like(source, number))
         attrs.append(F.pad(attr[relation], (0, shape.attributes - attr[relation].shape[1])))
-        sent += len(h[relation[0]])
-        rows += len(h[relation[2]])
+        by, to, start = len(h[relation[0]]), len(h[relation[2]]), place[relation[2]]
+        own = attention.Edges(source, target, graphs, by // graphs, to // graphs, parallel=True)
+        parts.append(_Part(slice(known, known + len(source)), slice(sent, sent + by), slice(start, start + to), own))
+        known += len(source)
+        sent += by
+        rows += to
     per_type = torch.tensor([float(len(shape.into(node))) for node in counts], device=sources[0].device)
     sizes = torch.tensor(list(counts.values()), device=sources[0].device)
     return _Edges(
@@ -75,6 +90,7 @@ def _edges(shape: Shape, depth: int, h: dict[str, Tensor], index: dict, attr: di
         torch.repeat_interleave(per_type, sizes, output_size=first),
         rows,
         counts,
+        parts,
     )
 
 
@@ -111,8 +127,30 @@ def _gat(layer: GatLayer, shape: Shape, depth: int, h: dict[str, Tensor], edges:
     to = torch.cat([h[r[2]] @ weight.T for r, weight in zip(relations, scoring, strict=True)])
     along = (edges.attr[:, None] * scoring_edge[edges.relation]).sum(2)
     score = F.leaky_relu(by[edges.source] + to[edges.into] + along, SLOPE)
-    share = segment_softmax(score, edges.into, edges.rows) / edges.relations[edges.target, None]
-    arrived = segment_sum((sent[edges.source] * share[:, :, None]).flatten(1), edges.target, len(edges.relations))
+    dense = [part for part in edges.parts if _is_dense(part, sent)]
+    arrived = _gathered(score, sent, edges, dense)
+    for part in dense:
+        exact = attention.Edges.of(*part.own[:5])
+        gathered = attention.attend_edges(score[part.edges], sent[part.sent], exact).flatten(1)
+        arrived[part.targets] += gathered / edges.relations[part.targets, None]
     biases = _per_type(shape, depth, edges.counts, layer.bias)
     spread = [bias.mean(0).expand(count, -1) for bias, count in zip(biases, edges.counts.values(), strict=True)]
     return arrived + torch.cat(spread)
+
+
+def _is_dense(part: _Part, sent: Tensor) -> bool:
+    """Whether the attention of a relation is computed by itself, from a score for every possible edge."""
+    spec = attention.edge_spec(part.own, sent, torch.is_grad_enabled() and sent.requires_grad)
+    return attention.backend_of(spec) != "segment"
+
+
+def _gathered(score: Tensor, sent: Tensor, edges: _Edges, without: list[_Part]) -> Tensor:
+    """[nodes, heads * size], what arrives from all relations but those `without`."""
+    source, target, into = edges.source, edges.target, edges.into
+    if without:
+        left = torch.ones_like(target, dtype=torch.bool)
+        for part in without:
+            left[part.edges] = False
+        score, source, target, into = score[left], source[left], target[left], into[left]
+    share = segment_softmax(score, into, edges.rows) / edges.relations[target, None]
+    return segment_sum((sent[source] * share[:, :, None]).flatten(1), target, len(edges.relations))
