@@ -22,7 +22,7 @@ from esper.attention.spec import KINDS, AttentionSpec, Facts
 
 __all__ = [
     "BACKENDS", "KINDS", "Access", "AttentionSpec", "Edges", "Facts", "Selection", "Summary", "attend", "attend_edges",
-    "backend_of", "cache_info", "configure", "edge_spec", "listening", "scalars", "select", "using",
+    "backend_of", "cache_info", "configure", "edge_spec", "executables", "listening", "scalars", "select", "using",
 ]  # fmt: skip
 
 
