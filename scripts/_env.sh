@@ -1,6 +1,6 @@
 # Sourced by train.sh, test.sh and .ci/run. `setup_environment [EXTRA]` leaves a Python environment with the project in it
 # on PATH: an active virtual or conda environment as it is, otherwise .venv, which it makes. It installs again only when
-# pyproject.toml has changed.
+# pyproject.toml or this file has changed.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 setup_environment() {
@@ -22,7 +22,7 @@ setup_environment() {
     export VIRTUAL_ENV=$root/.venv PATH=$root/.venv/bin:$PATH
   fi
   prefix=$(python -c 'import sys; print(sys.prefix)') || exit 2
-  wanted="$root $(cksum <"$root/pyproject.toml")"
+  wanted="$root $(cat "$root/pyproject.toml" "$root/scripts/_env.sh" | cksum)"
   # What an installation with an extra has put there is enough for one without.
   for stamp in "$prefix/.esper-${extra:-base}" "$prefix/.esper-${extra:-dev}"; do
     [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
@@ -32,5 +32,13 @@ setup_environment() {
     echo "error: the packages could not be installed; the lines above say why" >&2
     exit 2
   }
+  # The tests compare with its networks. It asks for torchvision, which those do not need, and which would bring another
+  # PyTorch along.
+  if [ "$extra" = dev ]; then
+    python -m pip install --quiet --no-deps 'spandrel==0.4.2' || {
+      echo "error: spandrel could not be installed; the lines above say why" >&2
+      exit 2
+    }
+  fi
   echo "$wanted" >"$prefix/.esper-${extra:-base}"
 }

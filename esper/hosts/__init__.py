@@ -1,0 +1,1 @@
+"""Real host networks, one at a time: their populations are not batched."""
