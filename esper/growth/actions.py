@@ -13,9 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from esper.growth.growable import Growable
 from esper.growth.lifecycle import LEGAL, Event
-from esper.growth.population import Population
-from esper.growth.state import PopulationState
 
 RAMPS = (1, 3, 5, 8)
 """Epochs of the alpha ramp that BLEND can ask for."""
@@ -75,7 +74,7 @@ class ActionLayout:
             raise ValueError(f"no action {verb.name}(slot {slot}, choice {choice}) with {self}")
         return rows.index((verb, slot, choice))
 
-    def mask(self, population: PopulationState) -> Tensor:
+    def mask(self, population: Growable) -> Tensor:
         """bool [N, size]: what the transition table allows, where the host has such a slot, has seeds left, and the
         blueprint fits; WAIT is always legal."""
         verb, slot, _ = self.table()
@@ -88,7 +87,7 @@ class ActionLayout:
         """What `actions` [N, size] says of every germination: a view [N, slots, blueprints]."""
         return actions[:, 1 : 1 + self.slots * self.blueprints].unflatten(1, (self.slots, self.blueprints))
 
-    def execute(self, population: Population, actions: Tensor) -> Tensor:
+    def execute(self, population: Growable, actions: Tensor) -> Tensor:
         """Carries out `actions` (int64 [N], on the CPU); returns their verbs [N].
 
         Raises:

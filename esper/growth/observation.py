@@ -8,14 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esper.graph import GraphBatch, Layout, Packed
+from esper.graph import GraphBatch, Packed
 from esper.graph.schema import SCHEMA
 from esper.graph.space import BOUND
 from esper.growth.actions import ActionLayout
+from esper.growth.growable import Growable
 from esper.growth.lifecycle import Stage, is_kept, is_live
-from esper.growth.population import Population
-from esper.growth.sizes import SizeTables, log
-from esper.growth.topology import nodes
+from esper.growth.sizes import log
 
 SLOPE_SCALE = 10
 """The observation holds the slope of the log validation loss per epoch times this."""
@@ -38,11 +37,11 @@ class Observer:
         horizon: epochs of an episode.
     """
 
-    def __init__(self, population: Population, horizon: int):
+    def __init__(self, population: Growable, horizon: int):
         self.population, self.horizon = population, horizon
         self.layout = ActionLayout(population.slots, len(population.catalogue))
-        self._layout = Layout.of(SCHEMA, nodes(population.slots, len(population.catalogue)))
-        self._tables = SizeTables(population, self._layout)
+        self._tables = population.tables()
+        self._layout = self._tables.layout
         self._numbers = torch.arange(len(population.catalogue))
         self._stages = torch.eye(len(Stage), device=population.device)
         self._places: Tensor | None = None  # of the features that change, in x

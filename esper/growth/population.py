@@ -22,6 +22,7 @@ from esper.growth.graft import Grafts
 from esper.growth.host import Trace
 from esper.growth.lifecycle import Event, Stage, is_live
 from esper.growth.native.engine import NativeEngine, unavailable
+from esper.growth.sizes import SizeTables, Tables
 from esper.growth.state import PopulationSpec, PopulationState
 from esper.growth.statistics import SAMPLES, activation_statistics, statistics_samples
 from esper.runtime import seeding
@@ -51,6 +52,10 @@ class Population(PopulationState):
                 raise ConfigError(f"env.engine=native: {reason}; use auto or stacked")
             elif self.device.type == "cpu":
                 _warn_once(reason)
+
+    def tables(self) -> Tables:
+        """See Growable."""
+        return SizeTables(self)
 
     # ---- episodes -------------------------------------------------------------------------------------------------
 

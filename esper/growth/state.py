@@ -169,7 +169,7 @@ class PopulationState:
         self.signs = zeros(hosts, host.inputs)  # of the input features after the shift
         self.context = Context.plain(torch.zeros(hosts, dtype=torch.int64), host.width, host.stages)
         self.extra_flops = torch.zeros(hosts)  # multiply-adds per sample, summed over epochs, culled seeds included
-        self.statistics = Statistics.empty(hosts, host, len(self.catalogue), device)
+        self.statistics = Statistics.empty(hosts, host.layers, host.stages, len(self.catalogue), device)
         self.validation_loss = zeros(hosts)
 
     # ---- sizes and costs ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from esper.growth.host import HostSpec, Trace
+from esper.growth.host import Trace
 from esper.growth.lifecycle import is_live
 
 HISTORY = 4  # validation losses kept: the newest and the three before it
@@ -49,17 +49,19 @@ class Statistics:
     fared_known: Tensor  # bool [n, K]
 
     @classmethod
-    def empty(cls, hosts: int, spec: HostSpec, blueprints: int, device: torch.device | str = "cpu") -> Statistics:
+    def empty(
+        cls, hosts: int, layers: int, slots: int, blueprints: int, device: torch.device | str = "cpu"
+    ) -> Statistics:
         """Nothing measured yet."""
         shapes: dict[str, tuple[int, ...]] = {
             "history": (HISTORY,),
-            "activations": (spec.stages, len(ACTIVATION_STATISTICS)),
+            "activations": (slots, len(ACTIVATION_STATISTICS)),
             **dict.fromkeys(("history_length", "train_loss", "update_rms"), ()),
             **dict.fromkeys(("fared", "fared_known"), (blueprints,)),
         }
         values = {}
         for field in fields(cls):
-            default = (spec.layers,) if field.name.startswith("layer_") else (spec.stages,)
+            default = (layers,) if field.name.startswith("layer_") else (slots,)
             dtype = torch.float32
             if field.name.endswith("_known"):
                 dtype = torch.bool

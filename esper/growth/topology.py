@@ -27,12 +27,15 @@ def nodes(stages: int, blueprints: int) -> dict[str, int]:
     }
 
 
-def _pairs(stages: int, depth: int, blueprints: int) -> dict[Relation, list[tuple[int, int]]]:
-    """(source, target) of every relation of a host of `depth` stages, in room for `stages`."""
-    chain = [*range(depth + 1), stages + 1]  # the layers in the order of the forward pass
-    after = {slot: chain[slot + 2] for slot in range(depth)}  # the layer behind each slot
-    own = {slot: slot + 1 for slot in range(depth)}  # the layer in front of it
-    slots, kinds = range(depth), range(blueprints)
+def pairs(chain: list[int], own: list[int], after: list[int], blueprints: int) -> dict[Relation, list[tuple[int, int]]]:
+    """(source, target) of every relation.
+
+    Args:
+        chain: the layers in the order of the forward pass.
+        own, after: of each slot, and the activation there, the layer in front of it and the one behind it.
+        blueprints: how many there are.
+    """
+    slots, kinds = range(len(own)), range(blueprints)
     every = {"layer": chain, "activation": slots, "parameter": range(1), "slot": slots, "blueprint": kinds}
     return {
         ("layer", "feeds", "layer"): list(pairwise(chain)),
@@ -55,8 +58,17 @@ def edge_masks(layout: Layout) -> Tensor:
     stages, blueprints = layout.counts["slot"], layout.counts["blueprint"]
     masks = torch.zeros(stages + 1, layout.cells, dtype=torch.bool)
     for depth in range(stages + 1):
-        for relation, pairs in _pairs(stages, depth, blueprints).items():
-            own = layout.of_relation(masks[depth : depth + 1], relation)[0]  # [targets, sources]
-            for source, target in pairs:
-                own[target, source] = True
+        chain = [*range(depth + 1), stages + 1]
+        own, after = chain[1:-1], chain[2:]
+        masks[depth] = edge_mask(layout, pairs(chain, own, after, blueprints))
     return masks
+
+
+def edge_mask(layout: Layout, edges: dict[Relation, list[tuple[int, int]]]) -> Tensor:
+    """bool [cells], where `edges` are."""
+    mask = torch.zeros(1, layout.cells, dtype=torch.bool)
+    for relation, members in edges.items():
+        own = layout.of_relation(mask, relation)[0]  # [targets, sources]
+        for source, target in members:
+            own[target, source] = True
+    return mask[0]

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from esper.growth.conditions import Condition
-from esper.growth.host import HostSpec, Trace
+from esper.growth.host import Trace
 from esper.growth.lifecycle import Stage
 from esper.growth.statistics import HISTORY, Statistics, activation_statistics, growth_gradient, statistics_samples
 
@@ -88,7 +88,7 @@ def test_growth_gradient_by_hand():
 
 
 def empty(hosts=3):
-    return Statistics.empty(hosts, HostSpec(5, 3, 4, 2), 4)
+    return Statistics.empty(hosts, 4, 2, 4)
 
 
 def test_empty_shapes_and_types():
