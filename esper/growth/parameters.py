@@ -33,6 +33,21 @@ class ParameterSpec:
             size *= extent
         return size
 
+    def bound(self, zero_output: bool) -> float:
+        """Of the uniform distribution that it is drawn from; 0 where it is not drawn."""
+        if self.init not in ("uniform", "he") or (zero_output and self.output):
+            return 0.0
+        return ((6 if self.init == "he" else 1) / (self.fan_in or self.shape[-1])) ** 0.5
+
+
+def drawn(specs: list[ParameterSpec], key: Tensor, zero_output: bool = False) -> list[Tensor]:
+    """Initial values, each [1, *shape], for one key []: those of a ParameterTable of this width."""
+    parts = (2 * seeding.uniform(key, sum(spec.size for spec in specs)) - 1).split([spec.size for spec in specs])
+    return [
+        (part * spec.bound(zero_output) + float(spec.init == "ones")).view(1, *spec.shape)
+        for part, spec in zip(parts, specs, strict=True)
+    ]
+
 
 class ParameterTable:
     """The parameters of one kind of network at every width up to `widest`, stored in the layout of the widest.
@@ -55,10 +70,8 @@ class ParameterTable:
             for spec, full in zip(specs(max(width, 1)), self.specs, strict=True):
                 inside = torch.zeros(full.shape)
                 inside[tuple(slice(extent) for extent in spec.shape)] = float(width > 0)
-                bound = ((6 if spec.init == "he" else 1) / (spec.fan_in or spec.shape[-1])) ** 0.5
-                uniform = spec.init in ("uniform", "he") and not (zero_output and spec.output)
                 rows[0].append(inside.flatten())
-                rows[1].append(inside.flatten() * (bound if uniform else 0.0))
+                rows[1].append(inside.flatten() * spec.bound(zero_output))
                 rows[2].append(inside.flatten() * float(spec.init == "ones"))
             for table, row in zip(tables, rows, strict=True):
                 table.append(torch.cat(row))

@@ -31,7 +31,7 @@ from esper.runtime.errors import ConfigError
 log = logging.getLogger(__name__)
 
 # Salts that keep the streams of one host key apart.
-_INIT, _SUBSET, _NOISE, _ORDER, _SEED, _SPARSE, _CLASSES, _SIGNS = range(1, 9)
+_INIT, _SUBSET, _NOISE, _ORDER, SEED, _SPARSE, _CLASSES, _SIGNS = range(1, 9)
 
 
 class Population(PopulationState):
@@ -135,7 +135,7 @@ class Population(PopulationState):
             hosts, slots = (where & (blueprint == kind)).nonzero(as_tuple=True)
             if not len(hosts):
                 continue
-            key = seeding.fold(self.context.key[hosts], _SEED, slots, self.epoch[hosts], kind)
+            key = seeding.fold(self.context.key[hosts], SEED, slots, self.epoch[hosts], kind)
             start = table.initial(key.to(self.device), self.context.width[hosts].to(self.device))
             self.seed_theta[kind][hosts, slots] = start
             self.seed_exp_avg[kind][hosts, slots] = 0.0
