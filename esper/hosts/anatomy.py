@@ -118,7 +118,7 @@ class Anatomy:
         modules = dict(model.named_modules())
         for slot in slots:
             if slot.name not in modules:
-                near = ", ".join(name for name in modules if name.count(".") == slot.name.count("."))
+                near = ", ".join(name for name in modules if name and name.count(".") == slot.name.count("."))
                 raise ConfigError(f"slot={slot.name}: there is no such submodule; there are {near}")
         calls = _traced(model, modules, sample)
         batch = next(len(value) for value in sample if isinstance(value, Tensor))
