@@ -141,7 +141,10 @@ class Anatomy:
         if call is None or call.times != 1:
             raise ConfigError(f"slot={slot.name}: called {call.times if call else 0} times in a forward pass, not once")
         if not isinstance(call.given, Tensor) or not isinstance(call.taken, Tensor):
-            raise ConfigError(f"slot={slot.name}: takes {call.taken!r:.40} and gives {call.given!r:.40}, not tensors")
+            raise ConfigError(
+                f"slot={slot.name}: takes a {type(call.taken).__name__} and gives a "
+                f"{type(call.given).__name__}; both must be one tensor"
+            )
         before = [number[other.name] for other in calls.values() if other.started < call.ended and other.name in number]
         inside = sorted((c for c in calls.values() if call.started <= c.started < call.ended), key=lambda c: c.started)
         kinds = [kind for other in inside if (kind := _kind(modules[other.name], _ACTIVATIONS))]

@@ -265,7 +265,7 @@ class Pair(nn.Module):
         ("stage", "slot=stage: there is no such submodule; there are twice, never, pair"),
         ("twice", "slot=twice: called 2 times in a forward pass, not once"),
         ("never", "slot=never: called 0 times in a forward pass, not once"),
-        ("pair", r"slot=pair: takes .* and gives .*, not tensors"),
+        ("pair", "slot=pair: takes a Tensor and gives a tuple; both must be one tensor"),
     ],
 )
 def test_slots_that_do_not_fit_are_named(name: str, message: str) -> None:
