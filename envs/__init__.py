@@ -13,6 +13,7 @@ IDS = {
     "mnist5k": "esper/Mnist5k-v0",
     "charlm": "esper/CharLM-v0",
     "surrogate": "esper/Surrogate-v0",
+    "super_resolution": "esper/SuperResolution-v0",
 }
 """Gymnasium's id of each environment of `conf/env`."""
 

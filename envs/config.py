@@ -61,19 +61,49 @@ class BaseEnvConfig:
 
 
 @dataclass
-class EnvConfig(BaseEnvConfig):
-    """One growth environment."""
+class GrowthConfig(BaseEnvConfig):
+    """What all growth environments have."""
+
+    epochs: int = MISSING  # steps of an episode
+    blueprints: list[str] = MISSING
+    training: TrainingSpec = field(default_factory=TrainingSpec)
+    lifecycle: LifecycleSpec = field(default_factory=LifecycleSpec)
+
+    @property
+    def instances(self) -> str:
+        """Which instances it draws: the key of what is tuned to them."""
+        raise NotImplementedError
+
+    def validate(self, prefix: str = "env") -> None:
+        """See BaseEnvConfig."""
+        check_positive(
+            prefix,
+            {
+                "num_envs": self.num_envs,
+                "epochs": self.epochs,
+                "training.steps_per_epoch": self.training.steps_per_epoch,
+                "training.batch_size": self.training.batch_size,
+                "lifecycle.auto_ramp": self.lifecycle.auto_ramp,
+            },
+        )
+        for name in self.blueprints:
+            if name not in blueprints.available():
+                known = ", ".join(blueprints.available())
+                raise ConfigError(f"{prefix}.blueprints={name}: no such blueprint; choose from {known}")
+        if not self.blueprints or len(set(self.blueprints)) < len(self.blueprints):
+            raise ConfigError(f"{prefix}.blueprints={self.blueprints}: name at least one, and none twice")
+
+
+@dataclass
+class EnvConfig(GrowthConfig):
+    """One growth environment of a population."""
 
     kind: str = "growth"
     num_envs: int = 64  # hosts trained side by side
     task: str = MISSING
     dynamics: str = "trained"  # or "surrogate": epochs are drawn from a model fitted to real ones
     engine: str = "auto"  # what trains the hosts, one of ENGINES
-    epochs: int = MISSING  # steps of an episode
-    blueprints: list[str] = MISSING
     host: HostConfig = field(default_factory=HostConfig)
-    training: TrainingSpec = field(default_factory=TrainingSpec)
-    lifecycle: LifecycleSpec = field(default_factory=LifecycleSpec)
     contexts: ContextsConfig = field(default_factory=ContextsConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
 
@@ -91,16 +121,7 @@ class EnvConfig(BaseEnvConfig):
         """
         if self.kind != EnvConfig.kind:
             raise ConfigError(f"{prefix}.kind={self.kind}: is growth for this environment; choose another by env=NAME")
-        check_positive(
-            prefix,
-            {
-                "num_envs": self.num_envs,
-                "epochs": self.epochs,
-                "training.steps_per_epoch": self.training.steps_per_epoch,
-                "training.batch_size": self.training.batch_size,
-                "lifecycle.auto_ramp": self.lifecycle.auto_ramp,
-            },
-        )
+        super().validate(prefix)
         if self.task not in tasks.available():
             raise ConfigError(f"{prefix}.task={self.task}: no such task; choose one of {', '.join(tasks.available())}")
         if self.reward.measure not in MEASURES:
@@ -111,12 +132,6 @@ class EnvConfig(BaseEnvConfig):
             )
         if self.engine not in ENGINES:
             raise ConfigError(f"{prefix}.engine={self.engine}: no such engine; choose one of {', '.join(ENGINES)}")
-        for name in self.blueprints:
-            if name not in blueprints.available():
-                known = ", ".join(blueprints.available())
-                raise ConfigError(f"{prefix}.blueprints={name}: no such blueprint; choose from {known}")
-        if not self.blueprints or len(set(self.blueprints)) < len(self.blueprints):
-            raise ConfigError(f"{prefix}.blueprints={self.blueprints}: name at least one, and none twice")
         data = tasks.load(self.task)
         check_range(f"{prefix}.host.width", self.host.width, 1, 4096)
         check_range(f"{prefix}.host.stages", self.host.stages, 1, 64)
@@ -153,7 +168,7 @@ def saved_config(values: Any) -> EnvConfig:
 
 
 def load_config(name: str, contexts: str | None = None, **overrides: Any) -> EnvConfig:
-    """The environment called `name`.
+    """The environment of populations called `name`.
 
     Args:
         name: a file of `conf/env`.
@@ -163,20 +178,36 @@ def load_config(name: str, contexts: str | None = None, **overrides: Any) -> Env
     Raises:
         ConfigError: no such environment or contexts, or a bad value.
     """
+    config = load_any({EnvConfig.kind: EnvConfig}, name, contexts, **overrides)
+    assert isinstance(config, EnvConfig)
+    return config
+
+
+def load_any(
+    kinds: Mapping[str, type[BaseEnvConfig]], name: str, contexts: str | None = None, **overrides: Any
+) -> BaseEnvConfig:
+    """As `load_config`, of any of the `kinds` (kind -> class).
+
+    Raises:
+        ConfigError: no such environment or contexts, one of another kind, or a bad value.
+    """
     folder = resources.files("esper.conf") / "env"
     values = _read(folder, "env", name)
-    defaults = [entry for entry in values.pop("defaults") if isinstance(entry, Mapping)]
-    if not defaults:
-        raise ConfigError(f"env={name}: not a growth environment")
-    chosen = contexts or defaults[0]["contexts"]
-    drawn = _read(folder / "contexts", "env/contexts", chosen)
+    defaults = list(values.pop("defaults"))
+    schema = str(defaults[0]).removeprefix("/").split("_schema")[0]
+    if schema not in kinds:
+        raise ConfigError(f"env={name}: is of the kind {schema}; choose one of the kind {' or '.join(kinds)}")
+    drawn = [entry["contexts"] for entry in defaults if isinstance(entry, Mapping)]
+    if contexts and not drawn:
+        raise ConfigError(f"env/contexts={contexts}: env={name} has none")
+    named = {"contexts": _read(folder / "contexts", "env/contexts", contexts or drawn[0])} if drawn else {}
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(EnvConfig), {"contexts": drawn}, values, overrides)
+        merged = OmegaConf.merge(OmegaConf.structured(kinds[schema]), named, values, overrides)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key, reason = error.full_key, str(error).splitlines()[0]
         raise ConfigError(f"env {name}: {key}: {reason}; the keys are those of conf/env/{name}.yaml") from error
-    assert isinstance(config, EnvConfig)
+    assert isinstance(config, BaseEnvConfig)
     config.validate()
     return config
 

@@ -11,19 +11,22 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from envs.config import load_config
 from envs.growth_env import GrowthEnv
+from envs.making import make_growth
+from envs.super_resolution import SuperResolutionEnv
 from esper.graph.space import space_of, to_numpy
 from esper.growth.actions import WAIT
+
+AnyGrowth = GrowthEnv | SuperResolutionEnv
 
 _ACCOUNTS = ("gain", "germinated", "fossilized", "culled", "params_ratio", "flops_ratio", "diverged")
 
 
-def _spaces(env: GrowthEnv) -> tuple[spaces.Dict, spaces.Discrete]:
+def _spaces(env: AnyGrowth) -> tuple[spaces.Dict, spaces.Discrete]:
     return space_of(env.reset()), spaces.Discrete(env.layout.size)
 
 
-def _made_legal(env: GrowthEnv, actions: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+def _made_legal(env: AnyGrowth, actions: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
     """Actions with the illegal ones replaced by WAIT, and which those were (bool [N]).
 
     Gymnasium's checker and agents without masks draw from the whole action space; the rest of Esper never does.
@@ -55,7 +58,7 @@ class SingleGrowthEnv(gymnasium.Env):
 
     def __init__(self, name: str, split: str = "train", render_mode: str | None = None, **overrides: Any):
         self.render_mode = render_mode
-        self.growth = GrowthEnv(load_config(name, **overrides), 1, split, autoreset=False)
+        self.growth = make_growth(name, 1, split, autoreset=False, **overrides)
         self.observation_space, self.action_space = _spaces(self.growth)
         self._seeded = False
 
@@ -100,7 +103,7 @@ class VectorGrowthEnv(gymnasium.vector.VectorEnv):
 
     def __init__(self, num_envs: int, name: str, split: str = "train", **overrides: Any):
         self.num_envs = num_envs
-        self.growth = GrowthEnv(load_config(name, **overrides), num_envs, split)
+        self.growth = make_growth(name, num_envs, split, autoreset=True, **overrides)
         self.single_observation_space, self.single_action_space = _spaces(self.growth)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)

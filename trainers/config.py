@@ -11,8 +11,8 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from envs.adapter_config import GymConfig, HeteroConfig
-from envs.config import BaseEnvConfig, EnvConfig
+from envs.config import BaseEnvConfig, EnvConfig, GrowthConfig
+from envs.making import CONFIGS
 from esper.attention import selection
 from esper.runtime import precision
 from esper.runtime.compiled import CompileGuard
@@ -113,7 +113,7 @@ class EvaluationConfig:
         """
         if self.episodes < 0:
             raise ConfigError(f"{prefix}episodes={self.episodes}: must not be negative")
-        if not isinstance(env, EnvConfig):
+        if not isinstance(env, GrowthConfig):
             names = [self.baselines] if isinstance(self.baselines, str) else self.baselines
             for name in names:
                 if name not in ("all", "none", "random"):
@@ -294,7 +294,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
-    for kind in (EnvConfig, GymConfig, HeteroConfig):
+    for kind in CONFIGS.values():
         store.store(name=f"{kind.kind}_schema", node=kind)
     store.store(name="benchmark_schema", node=BenchmarkConfig)
     OmegaConf.register_new_resolver("esper.run_dir", _run_dir, use_cache=True, replace=True)

@@ -9,7 +9,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from envs.config import EnvConfig
+from envs.config import GrowthConfig
 from envs.growth_env import GrowthEnv
 from envs.making import make_envs, saved_env_config
 from esper.runtime import checkpoint
@@ -36,7 +36,7 @@ def _main(given: DictConfig) -> None:
     settings.validate(env, "")
     interface = interface_of(state)
     # Growth environments all have one interface; others show theirs once they are made.
-    growth = isinstance(env, EnvConfig)
+    growth = isinstance(env, GrowthConfig)
     if (GrowthEnv.interface if growth else make_envs(env, 1).interface) != interface:
         raise ConfigError(
             f"env={env.name}: its graphs or actions differ from those that {settings.checkpoint} was trained on; "

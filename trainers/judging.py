@@ -11,7 +11,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from envs.config import BaseEnvConfig, EnvConfig
+from envs.config import BaseEnvConfig, GrowthConfig
+from envs.making import CONFIGS
 from esper.tamiyo.policy import GraphPolicy
 from trainers import evaluation, returns
 from trainers.config import EvaluationConfig
@@ -26,7 +27,7 @@ def evaluate(
     learned: dict[str, Any],
 ) -> dict[str, Any]:
     """The report on held-out episodes; `learned` is what training has found out about the observations."""
-    if isinstance(config, EnvConfig):
+    if isinstance(config, GrowthConfig):
         return evaluation.evaluate(policy, config, settings, device, checkpoint)
     return returns.evaluate(policy, config, settings, device, checkpoint, learned)
 
@@ -57,4 +58,4 @@ def write(report: dict[str, Any], folder: Path) -> None:
 
 
 def _judge(report: dict[str, Any]) -> ModuleType:
-    return evaluation if report["kind"] == EnvConfig.kind else returns
+    return evaluation if issubclass(CONFIGS[report["kind"]], GrowthConfig) else returns

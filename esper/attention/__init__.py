@@ -67,7 +67,6 @@ def attend(
     return BACKENDS[name].forward(inputs)
 
 
-@torch.compiler.assume_constant_result
 def _chosen(
     kind: str,
     device: str,
@@ -82,6 +81,10 @@ def _chosen(
     heads, queries, keys, size = sizes or (None,) * 4
     spec = AttentionSpec(kind, device, dtype, heads, queries, keys, size, mask, bias, causal, grad)
     return backend_of(spec, backend)
+
+
+# What torch.compiler.assume_constant_result does, without the seconds that it takes to import.
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attend_edges(scores: Tensor, values: Tensor, edges: Edges, backend: str | None = None) -> Tensor:

@@ -7,10 +7,10 @@ import torch
 
 from envs import tasks
 from envs.adapter_config import GymConfig, HeteroConfig
-from envs.config import host_spec, load_config, saved_config
+from envs.config import host_spec, load_any, load_config, saved_config
 from envs.contexts import KINDS
 from envs.growth_env import GrowthEnv
-from envs.making import saved_env_config
+from envs.making import CONFIGS, saved_env_config
 from envs.reward import load_reference
 from esper.growth import blueprints
 from esper.runtime.errors import ConfigError
@@ -61,19 +61,23 @@ def test_a_saved_configuration_is_restored():
 def test_configurations_of_every_kind_are_restored():
     from_plain = {
         config.kind: saved_env_config(dataclasses.asdict(config))
-        for config in (load_config("segment"), GymConfig(id="A-v0", kwargs={"a": 1}), HeteroConfig(target="a:b"))
+        for config in (
+            load_config("segment"),
+            load_any(CONFIGS, "super_resolution", epochs=3),
+            GymConfig(id="A-v0", kwargs={"a": 1}),
+            HeteroConfig(target="a:b"),
+        )
     }
+    assert from_plain["super_resolution"] == load_any(CONFIGS, "super_resolution", epochs=3)
     assert from_plain["growth"] == load_config("segment")
     assert from_plain["gym"] == GymConfig(id="A-v0", kwargs={"a": 1})
     assert from_plain["hetero"] == HeteroConfig(target="a:b")
-    with pytest.raises(
-        ConfigError, match=r"env\.kind=mars: no such kind of environment; choose one of growth, gym, hete"
-    ):
+    with pytest.raises(ConfigError, match=r"env\.kind=mars: no such kind of environment; choose one of growth, super_"):
         saved_env_config({"kind": "mars"})
 
 
 def test_only_growth_environments_are_loaded_by_name():
-    with pytest.raises(ConfigError, match="env=gym: not a growth environment"):
+    with pytest.raises(ConfigError, match="env=gym: is of the kind gym; choose one of the kind growth"):
         load_config("gym")
 
 

@@ -12,6 +12,7 @@ from esper.growth.parameters import ParameterTable
 from esper.runtime import seeding
 
 NAMES = ["attention", "bypass", "conv", "dilated_conv", "glu", "low_rank", "mlp", "norm", "widen"]
+IMAGES = ["channel_attention", "window_attention"]  # tested in test_blueprints_images
 MIXERS = ["attention", "conv", "dilated_conv"]
 SEEDS, BATCH, WIDTH = 3, 4, 6
 SITES = [Site(WIDTH), Site(WIDTH, (7,)), Site(WIDTH, (7,), True), Site(WIDTH, (2, 3)), Site(WIDTH, (20,), True)]
@@ -292,7 +293,7 @@ def test_flags(name, flags):
 
 
 def test_names():
-    assert blueprints.available() == NAMES
+    assert blueprints.available() == sorted([*NAMES, *IMAGES])
     assert [blueprints.get(name).name for name in NAMES] == NAMES
 
 
@@ -320,7 +321,7 @@ def test_a_new_file_in_the_package_is_found(tmp_path, monkeypatch):
     package = importlib.import_module("esper.growth.blueprints")
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
     try:
-        assert blueprints.available() == sorted([*NAMES, "widget"])
+        assert blueprints.available() == sorted([*NAMES, *IMAGES, "widget"])
         assert blueprints.get("widget").name == "widget"
     finally:
         registry._REGISTRY.pop("widget", None)
