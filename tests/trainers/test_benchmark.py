@@ -168,6 +168,12 @@ def test_a_run_writes_every_timing(run, tmp_path):
             [{"pyg", "segment", "dense", "native", "floor"}, {"pyg", "segment", "dense", "native"}],
         ),
         ("graph", ["benchmark.large=[60,120]"], [{"pyg", "observer"}, {"segment"}, {"segment"}]),
+        (
+            "attention",
+            ["benchmark.compile=false"],
+            [{"reference", "sdpa"}] * 8 + [{"reference", "sdpa", "segment"}] * 8,
+        ),
+        ("dat", ["benchmark.compile=false"], [{"spandrel", "reference, eager", "sdpa, eager"}]),
     ],
 )
 def test_suites_of_rows(run, tmp_path, suite, overrides, variants):
@@ -221,7 +227,7 @@ def test_a_dishonest_comparison_is_refused(run, monkeypatch):
     [
         (
             ["suite=mars"],
-            "suite=mars: no such suite; choose one of actor, checkpoint, encoder, end_to_end, env, graph, pooling",
+            "suite=mars: no such suite; choose one of actor, attention, checkpoint, dat, encoder, end_to_end, env",
         ),
         (["benchmark.tasks=[mars]"], "benchmark.tasks=mars: env=mars: no such option; choose one of"),
         (["benchmark.tasks=[]"], "benchmark.tasks=[]: name at least one"),

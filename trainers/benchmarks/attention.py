@@ -65,8 +65,8 @@ def _graph(graphs: int, nodes: int, degree: int, device: torch.device) -> tuple[
     return tensors, lambda x, name: attention.attend_edges(x[0], x[1], edges, name)
 
 
-def able(attend: Attend, tensors: list[Tensor], gradients: bool) -> dict[str, Callable[[], object]]:
-    """The backends that can compute a case, and what is timed.
+def able(attend: Attend, tensors: list[Tensor], gradients: bool, compiled: bool) -> dict[str, Callable[[], object]]:
+    """The backends that can compute a case, `flex` among them where `compiled`, and what is timed.
 
     Raises:
         EsperError: they do not agree.
@@ -74,7 +74,7 @@ def able(attend: Attend, tensors: list[Tensor], gradients: bool) -> dict[str, Ca
     x = [tensor.requires_grad_(gradients) for tensor in tensors]
     found: dict[str, Tensor] = {}
     with torch.set_grad_enabled(gradients):
-        for name in attention.BACKENDS:
+        for name in [name for name in attention.BACKENDS if compiled or name != "flex"]:
             with suppress(ConfigError):  # which says why it cannot
                 found[name] = attend(x, name)
     for name, out in found.items():
@@ -121,7 +121,7 @@ def run(config: BenchmarkConfig) -> Report:
         for name, (tensors, attend) in every.items():
             for gradients in (False, True):
                 start = time.perf_counter()
-                variants = able(attend, tensors, gradients)
+                variants = able(attend, tensors, gradients, settings.compile)
                 seconds = {"flex": time.perf_counter() - start} if "flex" in variants else {}
                 case = f"{name}, {'forward + backward' if gradients else 'forward'}"
                 rows += compare("attention", case, variants, settings, device, tick, seconds, _REFERENCE)
