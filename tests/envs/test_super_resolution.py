@@ -162,3 +162,23 @@ def test_gymnasium_makes_it() -> None:
     assert observation in env.observation_space
     assert not terminated
     assert not info["illegal_action"]
+
+
+@pytest.mark.slow
+def test_a_whole_life_ends_above_bicubic_enlargement() -> None:
+    """A seed is germinated, blends, holds and is fossilised, at full size but for fewer steps."""
+    rules = {"training": {"steps_per_epoch": 20, "batch_size": 4}, "lifecycle": {"auto_ramp": 1}}
+    config = load_any(CONFIGS, "super_resolution", epochs=5, learning_rate=[3e-4, 3e-4], **rules)
+    env = make_envs(config, 1, autoreset=False)
+    assert isinstance(env, SuperResolutionEnv)
+    env.reset(torch.tensor([1]))
+    for epoch in range(5):
+        fossilize = env.layout.index(Verb.FOSSILIZE, 1)
+        action = env.layout.index(Verb.GERMINATE, 1, 0) if epoch == 0 else 0
+        if env.action_mask()[0, fossilize]:
+            action = fossilize
+        _, _, _, _, info = env.step(torch.tensor([action]))
+    episode = {name: value.item() for name, value in info["episodes"].items()}
+    assert (episode["germinated"], episode["fossilized"], episode["culled"]) == (1, 1, 0)
+    assert episode["params_ratio"] > 1.1
+    assert episode["test_psnr"] > episode["bicubic_test_psnr"] + 0.1
