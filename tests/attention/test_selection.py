@@ -76,13 +76,23 @@ def test_what_cannot_be_computed_is_refused_with_reasons_and_what_can() -> None:
     [
         (SPEC, CPU, {"segment"}),
         (replace(SPEC, needs_grad=True), CPU, {"flex", "segment"}),
+        (replace(SPEC, queries=None), CPU, {"flex", "segment"}),
         (replace(SPEC, kind="graph", density=0.5), CPU, {"flex"}),
         (replace(SPEC, device="cuda"), Facts("cuda"), {"segment"}),
         (replace(SPEC, device="cuda", needs_grad=True), Facts("cuda"), {"segment"}),
         (replace(SPEC, device="cuda", head_dim=15), Facts("cuda"), {"flex", "segment"}),
         (replace(SPEC, device="cuda"), Facts("cuda", "no Triton"), {"flex", "segment"}),
     ],
-    ids=["cpu", "gradients on cpu", "graph", "cuda", "gradients on cuda", "narrow heads on cuda", "cuda, no Triton"],
+    ids=[
+        "cpu",
+        "gradients on cpu",
+        "traced on cpu",
+        "graph",
+        "cuda",
+        "gradients on cuda",
+        "narrow heads on cuda",
+        "cuda, no Triton",
+    ],
 )
 def test_who_refuses(spec: AttentionSpec, known: Facts, rejected: set[str]) -> None:
     assert set(select(spec, known=known).rejected) == rejected

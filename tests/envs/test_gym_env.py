@@ -21,6 +21,7 @@ SHORT = {
     "host": {"width": [4, 6], "stages": [2, 3]},
 }
 SURROGATE = {**SHORT, "training": {}}  # it knows one way of training only
+PHOTOGRAPHS = {"crop": 12, "crops": [3, 4], "judged": 2, "training": {"steps_per_epoch": 1, "batch_size": 2}}
 SEGMENT = "envs:esper/Segment-v0"
 ACCOUNTS = {"gain", "germinated", "fossilized", "culled", "params_ratio", "flops_ratio", "diverged"}
 
@@ -34,7 +35,7 @@ def make_vec(num_envs=3, **kwargs):
 
 
 def shortest(name):
-    return {**(SURROGATE if name == "surrogate" else SHORT), "epochs": 2}
+    return {**{"surrogate": SURROGATE, "super_resolution": PHOTOGRAPHS}.get(name, SHORT), "epochs": 2}
 
 
 def same(a, b):

@@ -84,25 +84,23 @@ def networks(name: str, x: Tensor, compiled: bool) -> tuple[dict[str, nn.Module]
         found[SPANDREL] = independent(spec).to(x.device).eval()
     weights = next(iter(found.values()), dat.build(name)).state_dict()
     seconds: dict[str, float] = {}
-    for backend in ("reference", "sdpa", "flex"):
-        for form in ("eager", "compiled"):
-            if (form == "compiled" and not compiled) or (form == "eager" and backend == "flex"):
-                continue
-            model = dat.build(name, attention=backend).to(x.device).eval()
-            model.load_state_dict(weights)
-            if form == "compiled":
-                dat.compile_regions(model)
-            label, start = f"{backend}, {form}", time.perf_counter()
-            try:
-                out = model(x)
-            except ConfigError:  # the backend cannot run here
-                continue
+    plain, more = [("reference", "eager"), ("sdpa", "eager")], [("reference", "compiled"), ("sdpa", "compiled")]
+    for backend, form in [*plain, *more, ("flex", "eager")] if compiled else plain:
+        model = dat.build(name, attention=backend).to(x.device).eval()
+        model.load_state_dict(weights)
+        if form == "compiled":
+            dat.compile_regions(model)
+        label, start = f"{backend}, {form}", time.perf_counter()
+        try:
+            out = model(x)
+        except ConfigError:  # the backend cannot run here
+            continue
+        if (backend, form) not in plain:
             seconds[label] = time.perf_counter() - start
-            found[label] = model
-            expected = next(iter(found.values()))(x)
-            if not torch.allclose(out, expected, atol=1e-3, rtol=1e-3):
-                raise EsperError(f"{name}: {label}: differs from the others, so there is nothing to compare")
-    return found, {label: value for label, value in seconds.items() if "compiled" in label}
+        found[label] = model
+        if not torch.allclose(out, next(iter(found.values()))(x), atol=1e-3, rtol=1e-3):
+            raise EsperError(f"{name}: {label}: differs from the others, so there is nothing to compare")
+    return found, seconds
 
 
 @suite("dat")

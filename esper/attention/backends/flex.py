@@ -23,6 +23,8 @@ def reject(spec: AttentionSpec, facts: Facts) -> list[str]:
         reasons.append(f"it must be compiled: {facts.no_compiler}")
     if spec.device == "cpu" and spec.needs_grad:
         reasons.append("it has no gradients on CPUs")
+    if spec.device == "cpu" and spec.queries is None:
+        reasons.append("on CPUs it is compiled by itself, not as a part of a larger program")
     if spec.device == "cuda" and spec.head_dim is not None and spec.head_dim < _SMALLEST:
         reasons.append(f"a head dimension of {spec.head_dim} is below {_SMALLEST}, the smallest on CUDA")
     return reasons
