@@ -123,4 +123,7 @@ def _order(spec: AttentionSpec) -> tuple[str, ...]:
     where it was measured; it has to be asked for."""
     if spec.kind == "graph" and spec.density is not None and spec.density < SPARSE[spec.needs_grad]:
         return "segment", "sdpa", "reference"
+    if spec.device == "cpu" and spec.bias and spec.needs_grad and spec.mask is None and not spec.causal:
+        # torch's fused kernel has no gradient of what is added, and its other one sums a bias over windows slowly.
+        return "reference", "sdpa"
     return "sdpa", "reference"

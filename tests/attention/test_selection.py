@@ -1,6 +1,7 @@
 """Who decides, what is refused and why, and what is told of it."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +106,23 @@ def test_who_refuses(spec: AttentionSpec, known: Facts, rejected: set[str]) -> N
 def test_sparse_graphs_are_lists_of_edges(density: float, needs_grad: bool, backend: str) -> None:
     spec = replace(SPEC, kind="graph", density=density, needs_grad=needs_grad, parallel_edges=True)
     assert select(spec, known=CPU).backend == backend
+
+
+@pytest.mark.parametrize(
+    ("changes", "backend"),
+    [
+        ({}, "reference"),
+        ({"needs_grad": False}, "sdpa"),
+        ({"mask": "additive"}, "sdpa"),
+        ({"causal": True}, "sdpa"),
+        ({"bias": False}, "sdpa"),
+        ({"device": "cuda"}, "sdpa"),
+    ],
+    ids=str,
+)
+def test_a_bias_that_learns_is_left_to_the_reference_on_cpus(changes: dict[str, Any], backend: str) -> None:
+    spec = replace(SPEC, **{"bias": True, "needs_grad": True, **changes})
+    assert select(spec, known=Facts(spec.device)).backend == backend
 
 
 def test_one_event_for_each_selection_and_each_new_call() -> None:
