@@ -276,14 +276,15 @@ def test_stochastic_depth_skips_images(small: Make) -> None:
     model = small(depth=(4,), drop_path=0.9)
     assert [block.drop for block in model.blocks] == pytest.approx([0, 0.3, 0.6, 0.9])
     block, x = model.blocks[3], torch.randn(200, 2, 2, 96)
-    whole = block.plain(x, None, None)
+    biases = block.attn.biases()
+    whole = block.plain(x, None, None, biases)
     assert torch.equal(block(x, None), whole)
     block.training = True  # its batch normalisation goes on with its running statistics
     torch.manual_seed(0)
     skipped = (block(x, None) == x).flatten(1).all(1)
     assert 0.9**2 * 200 - 25 < skipped.sum() < 0.9**2 * 200 + 25
     kept = torch.tensor([[2.0], [0.0]]).view(2, 1, 1, 1, 1).expand(-1, 200, -1, -1, -1)
-    close(block.plain(x, None, kept), x + 2 * block.attn(block.norm1(x), None))
+    close(block.plain(x, None, kept, biases), x + 2 * block.attn(block.norm1(x), None, biases))
 
 
 def test_the_preset_for_growth_has_no_chance_in_it(image: Make) -> None:

@@ -17,7 +17,7 @@ from esper.hosts.dat.spec import DATSpec
 from esper.hosts.dat.windows import Size
 
 Masks = tuple[Tensor, Tensor]
-"""Shift masks of both window shapes."""
+"""Of both window shapes: shift masks, or biases of positions."""
 
 
 class PositionBias(nn.Module):
@@ -58,12 +58,36 @@ class WindowAttention(Derived):
         self.rpe_biases = windows.positions.get(windows.offsets, self.window, old.dtype, old.device)
         self.relative_position_index = windows.positions.get(windows.index, self.window, old.device)
 
-    def forward(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
+    def bias(self) -> Tensor:
+        """[heads, h * w, h * w], of every two pixels of a window."""
+        return self.pos(self.rpe_biases).T[:, self.relative_position_index]
+
+    def forward(self, qkv: Tensor, mask: Tensor | None, bias: Tensor) -> Tensor:
         """[B, H, W, dim] from [B, H, W, 3, dim]; `mask` is of `windows.shift_mask`."""
         q, k, v = windows.cut(qkv.unflatten(-1, (self.heads, -1)), self.window).permute(2, 0, 3, 1, 4).contiguous()
-        bias = self.pos(self.rpe_biases).T[:, self.relative_position_index]
-        out = attend(q, k, v, kind="windowed", bias=bias, mask=mask, backend=self.backend)
+        if mask is None:
+            out = attend(q, k, v, kind="windowed", bias=bias, backend=self.backend)
+        else:
+            out = self._masked((q, k, v), mask, bias, (qkv.shape[1], qkv.shape[2]))
         return windows.join(out.transpose(1, 2), (qkv.shape[1], qkv.shape[2]), self.window).flatten(3)
+
+    def _masked(self, qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor, bias: Tensor, size: Size) -> Tensor:
+        """[B * windows, heads, h * w, D]. Only windows in the last row or column see both sides of an image, and all of
+        a row or a column alike: four masks do, where one for each window would be most of the work."""
+        grid = size[0] // self.window[0], size[1] // self.window[1]
+        q, k, v = (x.unflatten(0, (-1, *grid)) for x in qkv)
+        masks = mask.unflatten(0, grid)
+        inner, last = slice(0, -1), slice(-1, None)
+        rows = []
+        for row in (inner, last) if grid[0] > 1 else (last,):
+            parts = []
+            for column in (inner, last) if grid[1] > 1 else (last,):
+                own = None if row is inner and column is inner else masks[row, column][0, 0]
+                part = (x[:, row, column].flatten(0, 2) for x in (q, k, v))
+                out = attend(*part, kind="windowed", bias=bias, mask=own, backend=self.backend)
+                parts.append(out.unflatten(0, q[:, row, column].shape[:3]))
+            rows.append(torch.cat(parts, 2))
+        return torch.cat(rows, 1).flatten(0, 2)
 
 
 class _Aggregation(nn.Module):
@@ -132,7 +156,12 @@ class SpatialAttention(_Aggregation, Derived):
     def _fits(own: Tensor, given: Tensor) -> bool:
         return True  # masks of another img_size say nothing of the network
 
-    def forward(self, x: Tensor, masks: Masks | None) -> Tensor:
+    def biases(self) -> Masks:
+        """Of both window shapes."""
+        first, second = (branch.bias() for branch in self.attns)  # type: ignore[operator]
+        return first, second
+
+    def forward(self, x: Tensor, masks: Masks | None, biases: Masks) -> Tensor:
         """[B, H, W, C] from the same; `masks` are of `shift_masks` for this size and must be given if it is shifted."""
         height, width = x.shape[1:3]
         qkv = self.qkv(x).unflatten(-1, (3, 2, -1))
@@ -145,9 +174,9 @@ class SpatialAttention(_Aggregation, Derived):
             part, shift = qkv[:, :, :, :, i], self.spec.shift if i == 0 else self.spec.shift[::-1]
             if self.shifted:
                 assert masks is not None
-                out = branch(part.roll((-shift[0], -shift[1]), (1, 2)), masks[i]).roll(shift, (1, 2))
+                out = branch(part.roll((-shift[0], -shift[1]), (1, 2)), masks[i], biases[i]).roll(shift, (1, 2))
             else:
-                out = branch(part, None)
+                out = branch(part, None, biases[i])
             branches.append(out[:, :height, :width])
         attended = torch.cat(branches, -1)
         return self.proj(attended * self.channel_gate(conv) + conv * self.spatial_gate(attended))
@@ -168,7 +197,10 @@ class ChannelAttention(_Aggregation):
         self.heads, self.backend = heads, backend
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
 
-    def forward(self, x: Tensor, masks: Masks | None = None) -> Tensor:
+    def biases(self) -> None:
+        """There are no positions among channels."""
+
+    def forward(self, x: Tensor, masks: Masks | None = None, biases: Masks | None = None) -> Tensor:
         """[B, H, W, C] from the same."""
         qkv = self.qkv(x).unflatten(-1, (3, -1))
         values = qkv[:, :, :, 2]
@@ -250,9 +282,13 @@ class Block(nn.Module):
             # Drawn out here: one program does for blocks that are skipped more and less often.
             share = 1.0 - self.drop
             kept = x.new_empty(2, len(x), 1, 1, 1).bernoulli_(share) / share
-        return self.plain(x, masks, kept) if self.program is None else self.program(self, x, masks, kept)
+        # Also out here: as a part of a program that adds a mask they would be gathered anew for every window.
+        biases = self.attn.biases()  # type: ignore[operator]
+        if self.program is None:
+            return self.plain(x, masks, kept, biases)
+        return self.program(self, x, masks, kept, biases)
 
-    def plain(self, x: Tensor, masks: Masks | None, kept: Tensor | None) -> Tensor:
+    def plain(self, x: Tensor, masks: Masks | None, kept: Tensor | None, biases: Masks | None) -> Tensor:
         """The forward pass, all of which can be compiled.
 
         Args:
@@ -260,8 +296,9 @@ class Block(nn.Module):
             masks: see `forward`.
             kept: [2, B, 1, 1, 1], factors of attention and feed-forward network, or None for 1: stochastic depth (Huang
                 et al., arXiv 1603.09382).
+            biases: of positions; None where attention is among channels.
         """
-        out = self.attn(self.norm1(x), masks)
+        out = self.attn(self.norm1(x), masks, biases)
         x = x + (out if kept is None else out * kept[0])
         out = self.ffn(self.norm2(x))
         return x + (out if kept is None else out * kept[1])
