@@ -36,7 +36,7 @@ class GymConfig(ProcessConfig, BaseEnvConfig):
         Raises:
             ConfigError: names the key, the value and the remedy.
         """
-        _check(self, prefix, GymConfig.kind)
+        _check(self, prefix)
 
 
 @dataclass
@@ -57,13 +57,12 @@ class HeteroConfig(ProcessConfig, BaseEnvConfig):
         Raises:
             ConfigError: names the key, the value and the remedy.
         """
-        _check(self, prefix, HeteroConfig.kind)
+        _check(self, prefix)
         module, _, factory = self.target.partition(":")
         if not module or not factory:
             raise ConfigError(f"{prefix}.target={self.target}: must be of the form package.module:factory")
 
 
-def _check(config: GymConfig | HeteroConfig, prefix: str, kind: str) -> None:
-    if config.kind != kind:
-        raise ConfigError(f"{prefix}.kind={config.kind}: is {kind} for this environment; choose another by env=NAME")
+def _check(config: GymConfig | HeteroConfig, prefix: str) -> None:
+    BaseEnvConfig.validate(config, prefix)
     check_positive(prefix, {"num_envs": config.num_envs, "timeout_s": config.timeout_s})

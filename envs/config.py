@@ -57,7 +57,9 @@ class BaseEnvConfig:
         Raises:
             ConfigError: names the key, the value and the remedy.
         """
-        raise NotImplementedError
+        own = type(self).kind
+        if self.kind != own:
+            raise ConfigError(f"{prefix}.kind={self.kind}: is {own} for this environment; choose another by env=NAME")
 
 
 @dataclass
@@ -76,6 +78,7 @@ class GrowthConfig(BaseEnvConfig):
 
     def validate(self, prefix: str = "env") -> None:
         """See BaseEnvConfig."""
+        super().validate(prefix)
         check_positive(
             prefix,
             {
@@ -119,8 +122,6 @@ class EnvConfig(GrowthConfig):
         Raises:
             ConfigError: names the key, the value and the remedy.
         """
-        if self.kind != EnvConfig.kind:
-            raise ConfigError(f"{prefix}.kind={self.kind}: is growth for this environment; choose another by env=NAME")
         super().validate(prefix)
         if self.task not in tasks.available():
             raise ConfigError(f"{prefix}.task={self.task}: no such task; choose one of {', '.join(tasks.available())}")

@@ -25,7 +25,7 @@ from esper.growth.actions import WAIT, ActionLayout, Verb
 from esper.growth.lifecycle import is_kept
 from esper.growth.observation import Observer
 from esper.hosts.module import ModuleHost
-from esper.hosts.super_resolver import SuperResolver
+from esper.hosts.super_resolver import TINY, SuperResolver, slots
 from esper.runtime import seeding
 from esper.runtime.errors import check_positive
 
@@ -113,7 +113,7 @@ class _Episode:
         network = self.learner.network
         self.host = ModuleHost(
             network,
-            network.slots,
+            slots(network.dat.spec),
             config.blueprints,
             self.learner.optimizer,
             (env.judged["validation"][0][:2],),
@@ -148,33 +148,33 @@ class _Episode:
         if self.host.diverged() or self.epoch >= self.env.config.epochs:
             self.host.remove_unfinished()
             self.running = False
-            self.returned = self.better("validation") - self.env.config.rent * self.growth()
+            self.returned = self._scored(self.learner.psnr("validation"), self.twin.psnr("validation"))
         return 0.0 if self.running else self.returned
 
-    def better(self, split: str) -> float:
-        """dB above the twin."""
-        if self.host.diverged():
-            return LOWEST
-        return max(self.learner.psnr(split) - self.twin.psnr(split), LOWEST)
+    def _scored(self, psnr: float, twin: float) -> float:
+        """dB above the twin, less the rent."""
+        above = LOWEST if self.host.diverged() else max(psnr - twin, LOWEST)
+        return above - self.env.config.rent * self.growth()
 
     def summary(self) -> dict[str, float]:
         """Of an episode that has ended; see `SuperResolutionEnv.step`."""
-        host, epochs, diverged = self.host, self.env.config.epochs, self.host.diverged()
+        host, config, growth = self.host, self.env.config, self.growth()
+        psnr, twin = self.learner.psnr("test"), self.twin.psnr("test")
         return {
             "kind": 0,
             "return": self.returned,
             "length": self.epoch,
-            "gain": self.better("validation"),
-            "points": self.better("test") - self.env.config.rent * self.growth(),
-            "diverged": diverged,
+            "gain": self.returned + config.rent * growth,
+            "points": self._scored(psnr, twin),
+            "diverged": host.diverged(),
             "germinated": int(self.counts[Verb.GERMINATE]),
             "fossilized": int(self.counts[Verb.FOSSILIZE]),
             "culled": int(self.counts[Verb.CULL]),
             "waited": int(self.counts[Verb.WAIT]),
-            "params_ratio": 1 + self.growth(),
-            "flops_ratio": float(host.extra_flops / (epochs * host.host_flops())),
-            "test_psnr": self.learner.psnr("test"),
-            "twin_test_psnr": self.twin.psnr("test"),
+            "params_ratio": 1 + growth,
+            "flops_ratio": float(host.extra_flops / (config.epochs * host.host_flops())),
+            "test_psnr": psnr,
+            "twin_test_psnr": twin,
             "bicubic_test_psnr": self.env.bicubic,
         }
 
@@ -236,7 +236,7 @@ class SuperResolutionEnv:
         self.unit = float((photos.bicubic(low, SCALE) - high).abs().mean())
         low, high = self.judged["test"]
         self.bicubic = _pooled(photos.psnr_y(photos.bicubic(low, SCALE), high, SCALE))
-        self.layout = ActionLayout(len(SuperResolver.tiny(SCALE).slots), len(config.blueprints))
+        self.layout = ActionLayout(len(slots(TINY)), len(config.blueprints))
         self.graph_build_s: deque[float] = deque(maxlen=1024)
         self._seeds = torch.arange(num_envs)
         self._episodes = torch.zeros(num_envs, dtype=torch.int64)

@@ -5,6 +5,7 @@ A position bias is no mask: it is finite and added to the scores whatever may be
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -38,35 +39,50 @@ def dead(mask: Tensor) -> Tensor:
     return (mask == -torch.inf).all(-1, keepdim=True)
 
 
+class Pool:
+    """Keeps the newest results of functions of sizes, dtype and device.
+
+    Args:
+        limit: how many are kept; the one that was not used for longest goes first.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, build: Callable[..., Tensor], *key: object) -> Tensor:
+        """`build(*key)`, which must not be written to."""
+        if torch.compiler.is_compiling():
+            return build(*key)
+        full = build, *key
+        if full not in self._kept:
+            with torch.inference_mode(False):  # to be used in training, too
+                self._kept[full] = build(*key)
+            while len(self._kept) > self.limit:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(full)
+        return self._kept[full]
+
+
 class Arena:
     """Keeps masks by kind, bucketed shape, dtype and device, so that growing sequences share them.
 
     Args:
-        limit: how many are kept; the first goes first.
+        limit: how many are kept, see Pool.
     """
 
     def __init__(self, limit: int = 64):
-        self.limit = limit
-        self._masks: dict[tuple[object, ...], Tensor] = {}
+        self.pool = Pool(limit)
 
     def __len__(self) -> int:
-        return len(self._masks)
+        return len(self.pool)
 
     def causal(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """As the function `causal`; a view that must not be written to."""
-        return self._kept("causal", causal, queries, keys, dtype, device)[:queries, :keys]
-
-    def _kept(
-        self, kind: str, build: Callable[..., Tensor], queries: int, keys: int, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        shape = bucket(queries), bucket(keys)
-        key = kind, *shape, dtype, device
-        if key not in self._masks:
-            with torch.inference_mode(False):  # to be used in training, too
-                self._masks[key] = build(*shape, dtype, device)
-            while len(self._masks) > self.limit:
-                del self._masks[next(iter(self._masks))]
-        return self._masks[key]
+        return self.pool.get(causal, bucket(queries), bucket(keys), dtype, device)[:queries, :keys]
 
 
 arena = Arena()

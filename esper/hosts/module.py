@@ -224,7 +224,8 @@ class ModuleHost:
     def _evaluate(self) -> None:
         """Validation loss, activations and contributions, as `Population` measures them."""
         s, everyone = self.statistics, torch.tensor([0])
-        first = self.losses(SAMPLES).mean()
+        losses = self.losses(SAMPLES)
+        first = losses.mean()
         for slot, graft in enumerate(self.grafts):
             assert graft.seen is not None
             slot_, site = graft.place.slot, graft.place.slot.site(graft.seen[1])
@@ -242,7 +243,8 @@ class ModuleHost:
                 self.grafts[slot].set(alpha, False)
                 s.contribution_known[0, slot] = True
                 s.contribution_age[0, slot] = 0
-        self.validation_loss = self.losses(None).mean()[None]
+        # Fewer than were asked for are all there are.
+        self.validation_loss = (first if len(losses) < SAMPLES else self.losses(None).mean())[None]
         s.record_validation(everyone, self.validation_loss, self.moved(self.lifecycle.blueprint))
 
     def diverged(self) -> bool:
@@ -257,26 +259,24 @@ class ModuleHost:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next epochs depend on, but for the data's order, as tensors in plain containers."""
-        seeds = {
-            str(slot): {name: value.detach().clone() for name, value in graft.seed.weights.items()}
-            for slot, graft in enumerate(self.grafts)
-            if graft.seed is not None
-        }
         return {
             "model": {name: value.clone() for name, value in self.model.state_dict().items()},
-            "seeds": seeds,
-            "planted": self._order(),
+            # In the order in which the optimiser, whose state has no names, has met them.
+            "seeds": {
+                str(slot): {name: value.detach().clone() for name, value in seed.weights.items()}
+                for slot, seed in self._planted()
+            },
             "optimizer": deepcopy(self.optimizer.state_dict()),
             "lifecycle": {name: value.clone() for name, value in vars(self.lifecycle).items()},
             "statistics": {name: value.clone() for name, value in vars(self.statistics).items()},
             **{name: getattr(self, name).clone() for name in self._TENSORS},
         }
 
-    def _order(self) -> list[int]:
-        """Slots with a seed in the order in which the optimiser has met them."""
-        of = {id(p): slot for slot, graft in enumerate(self.grafts) if graft.seed for p in graft.seed.parameters()}
-        met = [of[id(p)] for group in self.optimizer.param_groups for p in group["params"] if id(p) in of]
-        return list(dict.fromkeys(met))
+    def _planted(self) -> list[tuple[int, Seed]]:
+        """Slots with their seeds in the order in which the optimiser has met these."""
+        met = {id(p): place for place, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"])}
+        seeds = [(slot, graft.seed) for slot, graft in enumerate(self.grafts) if graft.seed is not None]
+        return sorted(seeds, key=lambda planted: met[id(next(planted[1].parameters()))])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
@@ -290,10 +290,10 @@ class ModuleHost:
             if graft.seed is not None:
                 optimizers.remove(self.optimizer, graft.seed.parameters())
                 graft.seed = None
-        for slot in state["planted"]:
-            seed = self._plant(slot, int(self.lifecycle.blueprint[0, slot]), self.context.key[0])
+        for slot, weights in state["seeds"].items():
+            seed = self._plant(int(slot), int(self.lifecycle.blueprint[0, int(slot)]), self.context.key[0])
             with torch.no_grad():
-                for name, value in state["seeds"][str(slot)].items():
+                for name, value in weights.items():
                     seed.weights[name].copy_(value)
         self.optimizer.load_state_dict(deepcopy(state["optimizer"]))  # which would share its tensors
         self._settle()

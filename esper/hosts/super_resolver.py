@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,6 +11,14 @@ from torch.nn import functional as F
 from esper.hosts.anatomy import Slot
 from esper.hosts.dat import DATSpec, spec_of
 from esper.hosts.dat.network import DAT
+
+TINY = spec_of("tiny", 2, img_size=32)
+
+
+def slots(spec: DATSpec) -> list[Slot]:
+    """Of a SuperResolver: behind every block, whose images are [B, H, W, C]."""
+    groups = enumerate(spec.depth)
+    return [Slot(f"dat.layers.{group}.blocks.{block}") for group, depth in groups for block in range(depth)]
 
 
 class SuperResolver(nn.Module):
@@ -32,13 +42,7 @@ class SuperResolver(nn.Module):
     @classmethod
     def tiny(cls, scale: int = 2) -> SuperResolver:
         """Of about 0.4 million parameters: two groups of two blocks."""
-        return cls(spec_of("tiny", scale, img_size=32))
-
-    @property
-    def slots(self) -> list[Slot]:
-        """Behind every block, whose images are [B, H, W, C]."""
-        groups = enumerate(self.dat.spec.depth)
-        return [Slot(f"dat.layers.{group}.blocks.{block}") for group, depth in groups for block in range(depth)]
+        return cls(replace(TINY, scale=scale).check())
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3, scale H, scale W] from [B, 3, H, W] between 0 and 1."""

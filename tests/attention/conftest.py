@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import pytest
 
 from esper.attention import compiled, events, selection
-from esper.attention.masks import arena
+from esper.attention.masks import Pool, arena
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +16,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(selection.VARIABLE)
     selection.resolved.cache_clear()
     compiled.executables.clear()
-    arena._masks.clear()
+    monkeypatch.setattr(arena, "pool", Pool(arena.pool.limit))
     yield
     selection.resolved.cache_clear()
     compiled.executables.clear()

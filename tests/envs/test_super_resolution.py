@@ -13,7 +13,7 @@ from envs.making import CONFIGS, make_envs
 from envs.super_resolution import SuperResolutionConfig, SuperResolutionEnv
 from esper.graph import GraphBatch
 from esper.growth.actions import Verb
-from esper.hosts.super_resolver import SuperResolver
+from esper.hosts.super_resolver import SuperResolver, slots
 from esper.runtime.errors import ConfigError
 
 SMALL: dict[str, Any] = {
@@ -41,7 +41,7 @@ def same(a: GraphBatch, b: GraphBatch) -> bool:
 def test_the_network_has_the_size_it_should_and_starts_as_bicubic() -> None:
     network = SuperResolver.tiny()
     assert 0.38e6 < sum(p.numel() for p in network.parameters()) < 0.45e6
-    assert len(network.slots) == 4
+    assert len(slots(network.dat.spec)) == 4
     x = torch.rand(2, 3, 12, 20)
     large = torch.nn.functional.interpolate(x, scale_factor=2, mode="bicubic", antialias=True).clamp(0, 1)
     torch.testing.assert_close(network.restored(x), large)

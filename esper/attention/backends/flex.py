@@ -15,7 +15,7 @@ _SMALLEST = 16  # head dimension of the kernels for CUDA
 
 
 def reject(spec: AttentionSpec, facts: Facts) -> list[str]:
-    """See Backend."""
+    """See `esper.attention.backends`."""
     reasons = []
     if spec.kind == "graph":
         reasons.append("it computes its scores as products, and those of graph attention are given")
@@ -31,7 +31,7 @@ def reject(spec: AttentionSpec, facts: Facts) -> list[str]:
 
 
 def forward(inputs: Inputs) -> Tensor:
-    """See Backend."""
+    """See `esper.attention.backends`."""
     return compiled.run("flex", plain, inputs)
 
 

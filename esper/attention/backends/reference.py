@@ -11,12 +11,12 @@ from esper.attention.spec import AttentionSpec, Facts
 
 
 def reject(spec: AttentionSpec, facts: Facts) -> list[str]:
-    """See Backend."""
+    """See `esper.attention.backends`."""
     return []
 
 
 def forward(inputs: Inputs) -> Tensor:
-    """See Backend; the softmax of half precision is in float32."""
+    """See `esper.attention.backends`; the softmax of half precision is in float32."""
     q, k, v = inputs.q, inputs.k, inputs.v
     scores = ((q * inputs.scale) @ k.transpose(-2, -1)).to(_wide(q.dtype))
     added = inputs.added(scores.dtype)
@@ -27,7 +27,7 @@ def forward(inputs: Inputs) -> Tensor:
 
 
 def forward_edges(scores: Tensor, values: Tensor, edges: Edges) -> Tensor:
-    """See Backend; takes memory for every possible edge."""
+    """See `esper.attention.backends`; takes memory for every possible edge."""
     shares = _shares(edges.scores(scores.to(_wide(scores.dtype))), True).to(values.dtype)
     gathered = shares @ values.unflatten(0, (edges.graphs, edges.sources)).transpose(1, 2)
     return gathered.transpose(1, 2).flatten(0, 1)

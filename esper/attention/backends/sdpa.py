@@ -15,12 +15,12 @@ from esper.attention.spec import AttentionSpec, Facts
 
 
 def reject(spec: AttentionSpec, facts: Facts) -> list[str]:
-    """See Backend."""
+    """See `esper.attention.backends`."""
     return []
 
 
 def forward(inputs: Inputs) -> Tensor:
-    """See Backend."""
+    """See `esper.attention.backends`."""
     q, k, v = inputs.q, inputs.k, inputs.v
     if inputs.causal and inputs.mask is None and inputs.bias is None and q.device.type != "mps":
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=inputs.scale)
@@ -63,7 +63,7 @@ def path(device: str, needs_grad: bool) -> nullcontext[None] | sdpa_kernel:  # t
 
 
 def forward_edges(scores: Tensor, values: Tensor, edges: Edges) -> Tensor:
-    """See Backend; takes memory for every possible edge, whose score is what is added to a product of 0."""
+    """See `esper.attention.backends`; takes memory for every possible edge. Its score is added to a product of 0."""
     added = edges.scores(scores)
     sent = values.unflatten(0, (edges.graphs, edges.sources)).transpose(1, 2)
     zero = values.new_zeros(1).expand(edges.graphs, values.shape[1], edges.targets, values.shape[2])

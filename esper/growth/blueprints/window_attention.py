@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from esper.attention import attend
+from esper.growth.blueprints.attention import projections
 from esper.growth.blueprints.registry import Blueprint, ParameterSpec, Site, register
 
 WINDOW = 8
@@ -28,15 +29,7 @@ class WindowAttention(Blueprint):
         return super().fits(site) and len(site.grid) == 2 and not site.causal
 
     def parameters(self, site: Site) -> dict[str, ParameterSpec]:
-        width = site.width
-        projection = ParameterSpec((width, width), fan_in=width)
-        return {
-            "q": projection,
-            "k": projection,
-            "v": projection,
-            "w": ParameterSpec((width, width), fan_in=width, output=True),
-            "position": ParameterSpec((1, (2 * WINDOW - 1) ** 2), init="zeros"),
-        }
+        return {**projections(site.width), "position": ParameterSpec((1, (2 * WINDOW - 1) ** 2), init="zeros")}
 
     def delta(self, p: dict[str, Tensor], x: Tensor, units: Tensor, site: Site) -> Tensor:
         # Hosts of lesser width have fewer units to sum over; padding adds 0.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
+
+from esper.attention.masks import Pool
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -14,34 +13,6 @@ Size = tuple[int, int]
 APART = -100.0
 """What the shift mask adds to the score of two pixels that are no neighbours. It is finite, as in the paper's network,
 whose trained weights expect it."""
-
-
-class Pool:
-    """Keeps the newest results of functions of sizes, dtype and device.
-
-    Args:
-        limit: how many are kept; the one that was not used for longest goes first.
-    """
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self._kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def get(self, build: Callable[..., Tensor], *key: object) -> Tensor:
-        """`build(*key)`, which must not be written to."""
-        if torch.compiler.is_compiling():
-            return build(*key)
-        full = build, *key
-        if full not in self._kept:
-            with torch.inference_mode(False):  # to be used in training, too
-                self._kept[full] = build(*key)
-            while len(self._kept) > self.limit:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(full)
-        return self._kept[full]
 
 
 positions = Pool(64)
