@@ -7,9 +7,10 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from esper.hosts import dat
 from esper.runtime.errors import ConfigError, EsperError
 from trainers.benchmarks import Report, suite
+from trainers.benchmarks.apart import Apart
 from trainers.benchmarks.rows import Row, compare, content, table, turns
 from trainers.config import BenchmarkConfig
 
@@ -72,54 +74,65 @@ def independent(spec: dat.DATSpec) -> nn.Module:
     return network
 
 
-def networks(name: str, x: Tensor, compiled: bool) -> tuple[dict[str, nn.Module], dict[str, float]]:
-    """Networks of a preset that compute the same, by how they do it, and the seconds that compilation took.
+def network(name: str, variant: str, size: int, seed: int, device: str) -> tuple[Callable[[], object], dict[str, Any]]:
+    """The forward pass of one image by a network of a preset, and what there is to know of it: its `output`, and the
+    seconds that its first call took where it was compiled for that. All variants have the same weights.
 
     Raises:
-        EsperError: they do not compute the same.
+        ConfigError: the backend cannot run here.
     """
     spec = dat.spec_of(name)
-    found: dict[str, nn.Module] = {}
-    if importlib.util.find_spec(SPANDREL):
-        found[SPANDREL] = independent(spec).to(x.device).eval()
-    weights = next(iter(found.values()), dat.build(name)).state_dict()
-    seconds: dict[str, float] = {}
-    plain, more = [("reference", "eager"), ("sdpa", "eager")], [("reference", "compiled"), ("sdpa", "compiled")]
-    for backend, form in [*plain, *more, ("flex", "eager")] if compiled else plain:
-        model = dat.build(name, attention=backend).to(x.device).eval()
-        model.load_state_dict(weights)
+    torch.manual_seed(seed)
+    source = independent(spec) if importlib.util.find_spec(SPANDREL) else dat.build(name)
+    x = torch.rand(1, spec.channels, size, size).to(device)
+    backend, _, form = variant.partition(", ")
+    if variant == SPANDREL:
+        function: Callable[[], Tensor] = partial(source.to(device).eval(), x)
+    else:
+        model = dat.build(name, attention=backend)
+        model.load_state_dict(source.state_dict())
+        model.to(device).eval()
         if form == "compiled":
             dat.compile_regions(model)
-        label, start = f"{backend}, {form}", time.perf_counter()
-        try:
-            out = model(x)
-        except ConfigError:  # the backend cannot run here
-            continue
-        if (backend, form) not in plain:
-            seconds[label] = time.perf_counter() - start
-        found[label] = model
-        if not torch.allclose(out, next(iter(found.values()))(x), atol=1e-3, rtol=1e-3):
-            raise EsperError(f"{name}: {label}: differs from the others, so there is nothing to compare")
-    return found, seconds
+        function = partial(dat.Captured(model, (1, size, size)) if form == "CUDA graph" else model, x)
+    start = time.perf_counter()
+    output, seconds = function().cpu(), time.perf_counter() - start
+    late = form not in ("", "eager") or backend == "flex"
+    return function, {"output": output, "compile_s": seconds if late else None}
+
+
+def variants(compiled: bool, device: str) -> list[str]:
+    """Names of the networks that are compared, the first one being what the others are compared with."""
+    found = [SPANDREL] if importlib.util.find_spec(SPANDREL) else []
+    found += ["reference, eager", "sdpa, eager"]
+    if compiled:
+        found += ["reference, compiled", "sdpa, compiled", "flex, eager"]
+    if device.startswith("cuda"):
+        found += ["sdpa, CUDA graph"]
+    return found
 
 
 @suite("dat")
-@torch.no_grad()
 def run(config: BenchmarkConfig) -> Report:
-    """Forward passes of one image."""
-    settings, device = config.benchmark, torch.device(config.runtime.device)
-    torch.manual_seed(config.seed)
-    x = torch.rand(1, 3, _SIZE, _SIZE, device=device)
+    """Forward passes of one image, each network in a process of its own."""
+    settings, device = config.benchmark, config.runtime.device
     rows: list[Row] = []
-    with turns(len(_PRESETS), settings) as tick:
+    with turns(len(_PRESETS), settings) as tick, ExitStack() as stack:
         for name in _PRESETS:
-            found, seconds = networks(name, x, settings.compile)
-            variants: dict[str, Callable[[], object]] = {label: partial(model, x) for label, model in found.items()}
-            if device.type == "cuda":
-                captured = dat.Captured(found["sdpa, eager"], tuple(x.shape[i] for i in (0, 2, 3)))  # type: ignore[arg-type]
-                variants["sdpa, CUDA graph"] = partial(captured, x)
-            reference = next(iter(variants))
+            apart: dict[str, Apart] = {}
+            for variant in variants(settings.compile, device):
+                try:
+                    apart[variant] = Apart(network, name, variant, _SIZE, config.seed, device)
+                except ConfigError:
+                    continue  # the backend cannot run here
+                stack.callback(apart[variant].close)
+            reference = next(iter(apart))
+            for variant, other in apart.items():
+                a, b = other.found["output"], apart[reference].found["output"]
+                if not torch.allclose(a, b, atol=1e-3, rtol=1e-3):
+                    raise EsperError(f"{name}: {variant}: differs from the others, so there is nothing to compare")
+            seconds = {variant: s for variant, other in apart.items() if (s := other.found["compile_s"]) is not None}
             case = f"{name}, {_SIZE}x{_SIZE}"
-            rows += compare("dat", case, variants, settings, device, tick, seconds, reference)
-    note = "" if SPANDREL in variants else f"; {SPANDREL} is not installed"
+            rows += compare("dat", case, apart, settings, torch.device(device), tick, seconds, reference)
+    note = "" if reference == SPANDREL else f"; {SPANDREL} is not installed"
     return Report(content(rows), [table(rows, f"DAT, forward{note}", reference)])

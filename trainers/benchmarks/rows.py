@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def turns(cases: int, settings: BenchmarkSettings) -> Iterator[Callable[[str], N
 def compare(
     suite: str,
     case: str,
-    variants: dict[str, Callable[[], object]],
+    variants: Mapping[str, Callable[[], object]],
     settings: BenchmarkSettings,
     device: torch.device,
     tick: Callable[[str], None],
@@ -57,7 +58,8 @@ def compare(
     """Rows of all variants: called in turns, after calls that do not count.
 
     Args:
-        variants: name -> what is timed; `reference` and FLOOR are what the others are compared with.
+        variants: name -> what is timed, which knows its own `peak_mb` if that is not in this process; `reference` and
+            FLOOR are what the others are compared with.
         tick: called with the case after each turn; see `turns`.
         compile_s: seconds that a variant took to compile.
     """
@@ -66,7 +68,7 @@ def compare(
     for number in range(settings.warmup + settings.repeats):
         for name, function in variants.items():
             if number == 0:
-                peaks[name] = peak_mb(function, device)
+                peaks[name] = getattr(function, "peak_mb", partial(peak_mb, function))(device)
                 continue
             seconds = timed(function, device, settings.clock)
             if number >= settings.warmup:
