@@ -24,6 +24,8 @@ from esper.graph.schema import SCHEMA
 from esper.growth.actions import WAIT, ActionLayout, Verb
 from esper.growth.lifecycle import is_kept
 from esper.growth.observation import Observer
+from esper.hosts.anatomy import Anatomy, traced
+from esper.hosts.budget import Budget
 from esper.hosts.module import ModuleHost
 from esper.hosts.super_resolver import TINY, SuperResolver, slots
 from esper.runtime import seeding
@@ -92,6 +94,15 @@ class _Learner:
         low, high = self.env.judged["validation"]
         return (self.network.restored(low[:count]) - high[:count]).abs().mean((1, 2, 3)) / self.env.unit
 
+    def state_dict(self) -> dict[str, Any]:
+        """Of network and optimiser, copied."""
+        return deepcopy({"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(deepcopy(state["optimizer"]))  # which would share its tensors
+
     def psnr(self, split: str) -> float:
         """Over all crops of a split, dB on the Y channel."""
         low, high = self.env.judged[split]
@@ -113,13 +124,12 @@ class _Episode:
         network = self.learner.network
         self.host = ModuleHost(
             network,
-            slots(network.dat.spec),
+            Anatomy(network, slots(network.dat.spec), traced(network, (env.judged["validation"][0][:2],))),
             config.blueprints,
             self.learner.optimizer,
-            (env.judged["validation"][0][:2],),
             self.learner.losses,
             config.lifecycle,
-            config.seeds,
+            Budget(parameters=None, seeds=config.seeds),
             count,
             _plain(key),
         )
@@ -183,8 +193,8 @@ class _Episode:
         return {
             "key": self.key.clone(),
             "host": self.host.state_dict(),
-            "twin": deepcopy(self.twin.network.state_dict()),
-            "twin_optimizer": deepcopy(self.twin.optimizer.state_dict()),
+            "learner": self.learner.state_dict(),
+            "twin": self.twin.state_dict(),
             "counts": self.counts.clone(),
             "returned": self.returned,
             "running": self.running,
@@ -192,9 +202,9 @@ class _Episode:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned of the same instance."""
-        self.host.load_state_dict(state["host"])
-        self.twin.network.load_state_dict(state["twin"])
-        self.twin.optimizer.load_state_dict(deepcopy(state["twin_optimizer"]))  # which would share its tensors
+        self.host.load_state_dict(state["host"])  # which gives the optimiser its parameters
+        self.learner.load_state_dict(state["learner"])
+        self.twin.load_state_dict(state["twin"])
         self.counts = state["counts"].clone()
         self.returned, self.running = state["returned"], state["running"]
 

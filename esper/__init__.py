@@ -7,10 +7,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from esper.graph import GraphBatch as GraphBatch
+    from esper.growing import Budget as Budget
+    from esper.growing import Slot as Slot
+    from esper.growing import grow as grow
+    from esper.growing import regrow as regrow
     from esper.tamiyo.loading import load_policy as load_policy
 
 # Found on first use: torch and PyG take seconds to import, and most users of a part need only that part.
-_HOME = {"GraphBatch": "esper.graph", "load_policy": "esper.tamiyo.loading"}
+_HOME = {
+    "GraphBatch": "esper.graph",
+    "load_policy": "esper.tamiyo.loading",
+    **dict.fromkeys(("Budget", "Slot", "grow", "regrow"), "esper.growing"),
+}
 __all__ = [*_HOME, "__version__"]
 
 

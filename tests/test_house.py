@@ -15,6 +15,7 @@ FLOORS = {
     "esper.hosts": 3,
     "envs": 3,
     "esper.tamiyo": 3,
+    "esper.growing": 4,
     "esper.simic": 4,
     "trainers": 5,
 }

@@ -133,6 +133,7 @@ class Observer:
         now, before = log(s.history[:, : _SLOPE_EPOCHS + 1 : _SLOPE_EPOCHS]).split(1, dim=1)
         sloped = (s.history_length > _SLOPE_EPOCHS).float()[:, None]
         slope = (now - before) / _SLOPE_EPOCHS * SLOPE_SCALE
+        told = (trained > 0) & ~s.train_loss.isnan()[:, None]  # who trains a module may not know its loss
         on_cpu = {
             "epoch_fraction": fraction,
             "remaining_fraction": 1 - fraction,
@@ -149,11 +150,11 @@ class Observer:
         moved = p.moved(torch.stack(tuple(on_cpu.values()), dim=1)).split(1, dim=1)
         return {
             **{("global", name): value for name, value in zip(on_cpu, moved, strict=True)},
-            ("global", "log_train_loss"): loss,
-            ("global", "log_train_loss_known"): trained,
+            ("global", "log_train_loss"): loss.where(told, 0.0),
+            ("global", "log_train_loss_known"): told.float(),
             ("global", "log_validation_loss"): now,
-            ("global", "generalisation_gap"): (s.history[:, 0] - s.train_loss)[:, None] * trained,
-            ("global", "generalisation_gap_known"): trained,
+            ("global", "generalisation_gap"): (s.history[:, 0] - s.train_loss)[:, None].where(told, 0.0),
+            ("global", "generalisation_gap_known"): told.float(),
             ("global", "slope"): slope * sloped,
             ("global", "slope_known"): sloped,
         }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ _ACTIVATIONS: list[tuple[tuple[type[nn.Module], ...], str]] = [
     ((nn.SiLU, nn.Hardswish), "silu"),
     ((nn.Tanh, nn.Sigmoid), "tanh"),
 ]
+ACTIVATIONS = tuple(kind for kinds, _ in _ACTIVATIONS for kind in kinds)
+"""Modules that are known as activation functions."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,11 @@ class Slot:
         shape = like.movedim(self.channels, -1).shape
         return rows.view(*shape[:-1], rows.shape[-1]).movedim(-1, self.channels)
 
-    def site(self, x: Tensor) -> Site:
-        """Where a seed lives that adds to x."""
-        shape = x.movedim(self.channels, -1).shape
-        return Site(shape[-1], tuple(shape[1:-1]) or (1,), self.causal)
+    def site(self, shape: Sequence[int]) -> Site:
+        """Where a seed lives that adds to tensors of a shape."""
+        grid = list(shape)
+        width = grid.pop(self.channels)
+        return Site(width, tuple(grid[1:]) or (1,), self.causal)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class Place:
         slot: its declaration.
         site: of its seeds, for the sample.
         same: whether what the stage takes has the shape of what it gives.
+        around: whether it has the tokens of what it gives.
         own, after: numbers of the layers in front of it and behind it.
         activation: one of `schema.ACTIVATION_KINDS`, the last one in its stage.
     """
@@ -97,9 +102,31 @@ class Place:
     slot: Slot
     site: Site
     same: bool
+    around: bool
     own: int
     after: int
     activation: str
+
+
+@dataclass
+class Call:
+    """What a forward pass did with a submodule.
+
+    Attributes:
+        started, ended: of its first call, in the order of all such moments.
+        times: it was called.
+        taken, given: shapes of its first positional argument and of what it gave, where these are tensors of floats.
+    """
+
+    started: int
+    ended: int
+    times: int
+    taken: tuple[int, ...] | None
+    given: tuple[int, ...] | None
+
+
+Calls = dict[str, Call]
+"""By the names of submodules."""
 
 
 class Anatomy:
@@ -108,107 +135,112 @@ class Anatomy:
     Args:
         model: left as it is.
         slots: in the order of the forward pass.
-        sample: arguments of a forward pass, with samples along the first dimension.
+        calls: of a forward pass, see `traced`.
 
     Raises:
         ConfigError: a slot is not there, is not called once, or does not give one tensor for one; names it.
     """
 
-    def __init__(self, model: nn.Module, slots: Sequence[Slot], sample: tuple[Any, ...]):
+    def __init__(self, model: nn.Module, slots: Sequence[Slot], calls: Calls):
         modules = dict(model.named_modules())
         for slot in slots:
             if slot.name not in modules:
                 near = ", ".join(name for name in modules if name and name.count(".") == slot.name.count("."))
                 raise ConfigError(f"slot={slot.name}: there is no such submodule; there are {near}")
-        calls = _traced(model, modules, sample)
-        batch = next(len(value) for value in sample if isinstance(value, Tensor))
-        order = sorted((call for call in calls.values()), key=lambda call: call.started)
+        order = sorted(calls, key=lambda name: calls[name].started)
+        batch = next((call.taken[0] for call in map(calls.__getitem__, order) if call.taken), 1)
         seen: set[int] = set()
+        self.calls = calls
         self.layers: list[Layer] = []
         number: dict[str, int] = {}
-        for call in order:
-            own = [p for p in modules[call.name].parameters(recurse=False) if id(p) not in seen]
+        for name in order:
+            own = [p for p in modules[name].parameters(recurse=False) if id(p) not in seen]
             seen.update(map(id, own))
             if own:
-                number[call.name] = len(self.layers)
-                self.layers.append(_layer(call, modules[call.name], own, batch))
-        self.places = [self._place(slot, calls, modules, number) for slot in slots]
+                number[name] = len(self.layers)
+                self.layers.append(_layer(name, calls[name], modules[name], own, batch))
+        self.places = [self._place(slot, modules, number) for slot in slots]
 
-    def _place(
-        self, slot: Slot, calls: dict[str, _Call], modules: dict[str, nn.Module], number: dict[str, int]
-    ) -> Place:
-        call = calls.get(slot.name)
+    def _place(self, slot: Slot, modules: dict[str, nn.Module], number: dict[str, int]) -> Place:
+        call = self.calls.get(slot.name)
         if call is None or call.times != 1:
             raise ConfigError(f"slot={slot.name}: called {call.times if call else 0} times in a forward pass, not once")
-        if not isinstance(call.given, Tensor) or not isinstance(call.taken, Tensor):
+        if call.given is None or call.taken is None:
             raise ConfigError(
-                f"slot={slot.name}: takes a {type(call.taken).__name__} and gives a "
-                f"{type(call.given).__name__}; both must be one tensor"
+                f"slot={slot.name}: has to take one tensor of floats, as its first positional argument, and to give one"
             )
-        before = [number[other.name] for other in calls.values() if other.started < call.ended and other.name in number]
-        inside = sorted((c for c in calls.values() if call.started <= c.started < call.ended), key=lambda c: c.started)
-        kinds = [kind for other in inside if (kind := _kind(modules[other.name], _ACTIVATIONS))]
+        calls = self.calls.items()
+        before = [number[name] for name, other in calls if other.started < call.ended and name in number]
+        inside = sorted((other.started, name) for name, other in calls if call.started <= other.started < call.ended)
+        kinds = [kind for _, name in inside if (kind := _kind(modules[name], _ACTIVATIONS))]
         own = max(before, default=0)
         return Place(
             slot=slot,
             site=slot.site(call.given),
-            same=call.taken.shape == call.given.shape,
+            same=call.taken == call.given,
+            around=len(call.taken) == len(call.given) and slot.site(call.taken).grid == slot.site(call.given).grid,
             own=own,
             after=min(own + 1, len(self.layers) - 1),
             activation=kinds[-1] if kinds else "other",
         )
 
 
-@dataclass
-class _Call:
-    name: str
-    started: int
-    ended: int
-    times: int
-    taken: Any
-    given: Any
-
-
 @torch.no_grad()
-def _traced(model: nn.Module, modules: dict[str, nn.Module], sample: tuple[Any, ...]) -> dict[str, _Call]:
-    """The first call of every submodule in a forward pass in eval mode."""
-    calls: dict[str, _Call] = {}
-    clock = iter(range(1 << 30))
+def traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Calls:
+    """What a forward pass in eval mode does, whose tensors have samples along the first dimension; see `in_eval`."""
+    modules = dict(model.named_modules())
+    calls: Calls = {}
+    clock = count()
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            call = calls.setdefault(name, _Call(name, next(clock), 0, 0, args[0] if args else None, None))
+            call = calls.setdefault(name, Call(next(clock), 0, 0, _shape(args[0]) if args else None, None))
             call.times += 1
 
         return hook
 
     def behind(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            calls[name].given, calls[name].ended = out, next(clock)
+            calls[name].given, calls[name].ended = _shape(out), next(clock)
 
         return hook
 
     handles = []
     for name, module in modules.items():
         handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(behind(name))]
-    training = {name: module.training for name, module in modules.items()}
     try:
-        model.eval()(*sample)
+        in_eval(model, args, kwargs)
     finally:
         for handle in handles:
             handle.remove()
-        for name, module in modules.items():
-            module.training = training[name]
     return calls
+
+
+@torch.no_grad()
+def in_eval(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    """A forward pass in eval mode that leaves modes and torch's random numbers as they are."""
+    training = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    try:
+        # Compiled in place it would compile the hooks, too.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
+            model.eval()(*args, **(kwargs or {}))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else None
 
 
 def _kind(module: nn.Module, known: list[tuple[tuple[type[nn.Module], ...], str]]) -> str | None:
     return next((kind for types, kind in known if isinstance(module, types)), None)
 
 
-def _layer(call: _Call, module: nn.Module, own: list[nn.Parameter], batch: int) -> Layer:
+def _layer(name: str, call: Call, module: nn.Module, own: list[nn.Parameter], batch: int) -> Layer:
     kind = _kind(module, _LAYERS) or "other"
-    out = call.given.numel() / batch if isinstance(call.given, Tensor) else 0.0
+    out = math.prod(call.given) / batch if call.given else 0.0
     if isinstance(module, nn.modules.conv._ConvNd):
         fan, a_value = (module.in_channels, module.out_channels), module.weight[0].numel()
     elif isinstance(module, nn.Linear):
@@ -220,7 +252,7 @@ def _layer(call: _Call, module: nn.Module, own: list[nn.Parameter], batch: int) 
         fan, a_value = (largest.numel() // max(len(largest), 1), len(largest)), 1
         if largest.dim() < 2:
             fan = (largest.numel(), largest.numel())
-    return Layer(call.name, kind, tuple(own), fan, out * a_value)
+    return Layer(name, kind, tuple(own), fan, out * a_value)
 
 
 class ModuleTables:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.growth.blueprints import Blueprint
+from esper.growth.blueprints import Blueprint, Site
 from esper.growth.parameters import drawn
-from esper.hosts.anatomy import Place
+from esper.hosts.anatomy import Place, Slot
 
 
 class _Beside(torch.autograd.Function):
@@ -29,27 +29,27 @@ class Seed(nn.Module):
 
     Args:
         blueprint: what it computes.
-        place: where it lives.
+        slot, site: where it lives.
         key: int64 [], of its initial values.
         zero_output: it starts with an output of 0.
     """
 
-    def __init__(self, blueprint: Blueprint, place: Place, key: Tensor, zero_output: bool = False):
+    def __init__(self, blueprint: Blueprint, slot: Slot, site: Site, key: Tensor, zero_output: bool = False):
         super().__init__()
-        self.blueprint, self.slot = blueprint, place.slot
-        specs = blueprint.parameters(place.site)
+        self.blueprint, self.slot, self.site = blueprint, slot, site
+        specs = blueprint.parameters(site)
         values = drawn(list(specs.values()), key, zero_output)
         self.weights = nn.ParameterDict(dict(zip(specs, values, strict=True)))
         self.units: Tensor
-        self.register_buffer("units", torch.ones(1, 1, place.site.width), persistent=False)
+        self.register_buffer("units", torch.ones(1, 1, site.width), persistent=False)
 
     def forward(self, output: Tensor, source: Tensor) -> Tensor:
         """What it adds to its stage's output, from that and the stage's input."""
         x = source if self.blueprint.reads_source else output
-        site = self.slot.site(output)
+        site = self.slot.site(output.shape)
         weights: dict[str, Tensor] = dict(self.weights.items())
         delta = self.blueprint.delta(weights, self.slot.rows(x)[None], self.units, site)
-        return self.slot.unrows(delta[0], output)
+        return self.slot.unrows(delta[0], output).to(output.dtype)  # autocast may have another one here
 
 
 class Graft:
@@ -64,7 +64,8 @@ class Graft:
         alpha: float32 [], how much of the seed is added.
         beside: the seed learns beside the host, whatever alpha is.
         seen: what the stage took and gave at its last call.
-        learnt: what it took when it was last trained, and the gradient of the loss with respect to what it gave.
+        learnt: what new units would have read when it was last trained, and the gradient of the loss with respect to
+            what it gave.
     """
 
     def __init__(self, stage: nn.Module, place: Place):
@@ -74,7 +75,8 @@ class Graft:
         self.active = self.beside = False
         self.seen: tuple[Tensor, Tensor] | None = None
         self.learnt: tuple[Tensor, Tensor] | None = None
-        self._handle = stage.register_forward_hook(self._hook)
+        # Compiled modules call it as it is, so that none is compiled anew when seeds come and go.
+        self._handle = stage.register_forward_hook(torch.compiler.disable(self._hook))
 
     def remove(self) -> None:
         """Takes the hook, and with it the seed, out of the module."""
@@ -90,7 +92,9 @@ class Graft:
         self.seen = source, output.detach()
         training = torch.is_grad_enabled()
         if training and output.requires_grad:
-            output.register_hook(lambda gradient: self._keep(source, gradient))
+            # New units around the stage; where that has other tokens than its input, new units behind it.
+            read = source if self.place.around else output.detach()
+            output.register_hook(lambda gradient: self._keep(read, gradient))
         if self.seed is None:
             return None
         if self.active:
@@ -99,5 +103,5 @@ class Graft:
             return _Beside.apply(output, self.seed(output.detach(), source))
         return None
 
-    def _keep(self, source: Tensor, gradient: Tensor) -> None:
-        self.learnt = source, gradient.detach()
+    def _keep(self, read: Tensor, gradient: Tensor) -> None:
+        self.learnt = read, gradient.detach()

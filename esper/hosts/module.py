@@ -6,7 +6,6 @@ Whoever trains the module calls `begin_epoch` before and `end_epoch` after each 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from esper.growth.lifecycle import Event, Lifecycle, LifecycleSpec, Stage, is_li
 from esper.growth.population import SEED
 from esper.growth.statistics import SAMPLES, Statistics, activation_statistics, growth_gradient, statistics_samples
 from esper.hosts import optimizers
-from esper.hosts.anatomy import Anatomy, ModuleTables, Slot
+from esper.hosts.anatomy import Anatomy, ModuleTables
+from esper.hosts.budget import Budget
 from esper.hosts.grafting import Graft, Seed
 from esper.runtime import seeding
 
@@ -29,24 +29,24 @@ Losses = Callable[[int | None], Tensor]
 """Losses [n] of the module on the first n validation samples, in one forward pass, or on all; in eval mode, without
 gradients."""
 
+_ROWS = 8192  # of samples and tokens, that the gradient of new units is estimated from
+
 
 class ModuleHost:
     """A module that grows; see `esper.growth.growable.Growable`, of which it is one host.
 
     Args:
         model: is hooked, and given seeds.
-        slots: where seeds can live, in the order of the forward pass.
+        anatomy: of the model, with the slots.
         catalogue: names of the blueprints that may be germinated.
         optimizer: of the model's parameters.
-        sample: arguments of a forward pass.
-        losses: evaluates the model.
+        losses: evaluates the model; None leaves that to the caller of `end_epoch`.
         lifecycle: rules of the lifecycle.
-        seeds: germinations allowed.
+        budget: what seeds may cost.
         train_size: samples that the model is trained on.
         key: of the seeds' initial values.
 
     Raises:
-        ConfigError: a slot does not fit the module; names it.
         KeyError: an unknown blueprint.
     """
 
@@ -55,23 +55,22 @@ class ModuleHost:
     def __init__(
         self,
         model: nn.Module,
-        slots: Sequence[Slot],
+        anatomy: Anatomy,
         catalogue: Sequence[str],
         optimizer: Optimizer,
-        sample: tuple[Any, ...],
-        losses: Losses,
+        losses: Losses | None,
         lifecycle: LifecycleSpec,
-        seeds: int,
+        budget: Budget,
         train_size: int,
         key: int = 0,
     ):
-        self.model, self.optimizer, self.losses, self.lifecycle_spec = model, optimizer, losses, lifecycle
+        self.model, self.anatomy, self.optimizer = model, anatomy, optimizer
+        self.losses, self.lifecycle_spec, self.budget = losses, lifecycle, budget
         self.catalogue: list[Blueprint] = [blueprints.get(name) for name in catalogue]
-        self.anatomy = Anatomy(model, slots, sample)
-        self.slots = len(slots)
+        self.slots = len(anatomy.places)
         self.device = next(model.parameters()).device
         decay = float(optimizer.param_groups[0].get("weight_decay", 0.0))
-        self._tables = ModuleTables(self.anatomy, self.catalogue, optimizers.momentum(optimizer), decay)
+        self._tables = ModuleTables(anatomy, self.catalogue, optimizers.momentum(optimizer), decay)
         modules = dict(model.named_modules())
         self.grafts = [Graft(modules[place.slot.name], place) for place in self.anatomy.places]
         self.fits = torch.tensor(
@@ -84,7 +83,7 @@ class ModuleHost:
         self.context = Context.plain(torch.tensor([key]), width, self.slots)
         self.context.learning_rate[:] = float(optimizer.param_groups[0]["lr"])
         self.context.train_size[:] = train_size
-        self.context.seeds[:] = seeds
+        self.context.seeds[:] = budget.seeds
         self.lifecycle = Lifecycle.dormant(1, self.slots)
         layers = len(self.anatomy.layers)
         self.statistics = Statistics.empty(1, layers, self.slots, len(self.catalogue), self.device)
@@ -92,8 +91,10 @@ class ModuleHost:
         self.extra_flops = torch.zeros(1)
         self.seed_steps = torch.zeros(1, self.slots, dtype=torch.int64, device=self.device)
         self.validation_loss = torch.zeros(1, device=self.device)
+        self._steps, self._squares = 0, None  # type: tuple[int, tuple[Tensor, Tensor] | None]
         self._counting = optimizer.register_step_post_hook(self._count)
-        self._evaluate()
+        if losses is not None:
+            self.measure()
 
     def tables(self) -> ModuleTables:
         """See Growable."""
@@ -105,6 +106,19 @@ class ModuleHost:
 
     def _count(self, *_: Any) -> None:
         self.seed_steps += self.moved(is_live(self.lifecycle.stage))
+        self._steps += 1
+        # Without running means, gradients may be gone when the epoch ends: those of its second half stand for them.
+        if self._steps.bit_count() == 1 and not optimizers.has_moments(self.optimizer):
+            self._squares = self._measure_squares()
+
+    def _measure_squares(self) -> tuple[Tensor, Tensor]:
+        """What `optimizers.squares` says of every layer [L, 4] and of every slot's seed [S, 4], 0 without one."""
+        nothing = torch.zeros(4)
+        seeds = [None if graft.seed is None else list(graft.seed.parameters()) for graft in self.grafts]
+        return (
+            torch.stack([optimizers.squares(self.optimizer, layer.parameters) for layer in self.anatomy.layers]),
+            torch.stack([nothing if own is None else optimizers.squares(self.optimizer, own) for own in seeds]),
+        )
 
     # ---- sizes and costs ------------------------------------------------------------------------------------------
 
@@ -128,8 +142,16 @@ class ModuleHost:
         return cost.gather(1, self.lifecycle.blueprint.clamp(min=0).T).T
 
     def germinable(self) -> Tensor:
-        """See Growable."""
-        return (self.germinated < self.context.seeds)[:, None, None] & self.fits
+        """See Growable; what the budget has no room for is left out."""
+        room = (self.germinated < self.context.seeds)[:, None, None] & self.fits
+        live, tables = is_live(self.lifecycle.stage), self._tables
+        for limit, own, seeds, now in (
+            (self.budget.parameters, tables.parameters, tables.seed_parameters, self.seed_parameters(live)),
+            (self.budget.flops, tables.flops, tables.seed_flops, self.seed_flops_now(live)),
+        ):
+            if limit is not None:
+                room = room & (now[:, None, None] + seeds <= (limit - 1) * own[:, None, None])
+        return room
 
     # ---- growing --------------------------------------------------------------------------------------------------
 
@@ -150,8 +172,10 @@ class ModuleHost:
 
     def _plant(self, slot: int, kind: int, key: Tensor) -> Seed:
         graft = self.grafts[slot]
-        seed = Seed(self.catalogue[kind], graft.place, key, self.lifecycle_spec.zero_init).to(self.device)
-        optimizers.add(self.optimizer, seed.parameters())
+        place, zero = graft.place, self.lifecycle_spec.zero_init
+        seed = Seed(self.catalogue[kind], place.slot, place.site, key, zero).to(self.device)
+        like = self.anatomy.layers[graft.place.own].parameters[0]
+        optimizers.add(self.optimizer, seed.parameters(), like)
         graft.seed = seed
         return seed
 
@@ -166,14 +190,15 @@ class ModuleHost:
             graft.set(float(self.lifecycle.alpha[0, slot]), training)
 
     def remove_unfinished(self) -> None:
-        """Culls the seeds still in TRAINING or BLENDING and evaluates the module anew."""
+        """Culls the seeds still in TRAINING or BLENDING and, if it can, evaluates the module anew."""
         stage = self.lifecycle.stage
         unfinished = (stage == Stage.TRAINING) | (stage == Stage.BLENDING)
         if unfinished.any():
             self.lifecycle.fire(Event.CULL, unfinished)
             self._settle()
-            self.validation_loss = self.losses(None).mean()[None]
-            self.statistics.revise_validation(torch.tensor([0]), self.validation_loss, self.lifecycle.stage)
+            if self.losses is not None:
+                self.validation_loss = self.losses(None).mean()[None]
+                self.statistics.revise_validation(torch.tensor([0]), self.validation_loss, self.lifecycle.stage)
 
     def release(self) -> None:
         """Takes every hook out of the module and the optimiser, and with them the seeds."""
@@ -185,25 +210,40 @@ class ModuleHost:
 
     def begin_epoch(self) -> None:
         """To be called before the module is trained for an epoch."""
+        self._steps, self._squares = 0, None
         self.lifecycle.begin_epoch()
         self.extra_flops += self.seed_flops_now(is_live(self.lifecycle.stage))
         self._settle()
 
-    def end_epoch(self, train_loss: float) -> None:
-        """To be called after the module has been trained for an epoch, whose mean loss was `train_loss`: evaluates it,
-        refreshes the statistics and lets the lifecycle move on."""
+    def end_epoch(self, train_loss: float, validation_loss: float | None = None) -> None:
+        """To be called after the module has been trained for an epoch: evaluates it, refreshes the statistics and lets
+        the lifecycle move on.
+
+        Args:
+            train_loss: mean of the epoch, NaN where it is not known.
+            validation_loss: where the caller has evaluated the module; contributions are then not known, and
+                activations are those of its latest forward pass.
+        """
         self.epoch += 1
         self._record(train_loss)
-        self._evaluate()
+        self.measure(validation_loss)
         self.lifecycle.end_epoch(self.lifecycle_spec)
         self._settle()
+
+    def measure(self, validation_loss: float | None = None) -> None:
+        """Validation loss, activations and contributions as they are now; see `end_epoch`."""
+        if validation_loss is None:
+            self._evaluate()
+        else:
+            self._measure_activations()
+            self._note(self.validation_loss.new_tensor([validation_loss]))
 
     def _record(self, train_loss: float) -> None:
         s = self.statistics
         s.train_loss[:] = train_loss
         s.age_contributions(self.moved(self.lifecycle.stage))
         layers = self.anatomy.layers
-        sums = torch.stack([optimizers.squares(self.optimizer, layer.parameters) for layer in layers])  # [L, 4]
+        sums, seeds = self._squares or self._measure_squares()
         counts = torch.tensor([float(sum(p.numel() for p in layer.parameters)) for layer in layers])
         rms = self.moved((sums / counts[:, None]).sqrt())
         s.layer_weight_rms, s.layer_gradient_rms, s.layer_update_rms = (rms[None, :, i] for i in range(3))
@@ -212,40 +252,49 @@ class ModuleHost:
         s.seed_gradient_rms = torch.zeros_like(s.seed_gradient_rms)
         for slot, graft in enumerate(self.grafts):
             if graft.seed is not None:
-                own = list(graft.seed.parameters())
-                square = optimizers.squares(self.optimizer, own)[1] / sum(p.numel() for p in own)
-                s.seed_gradient_rms[0, slot] = square.sqrt()
+                count = sum(p.numel() for p in graft.seed.parameters())
+                s.seed_gradient_rms[0, slot] = (seeds[slot, 1] / count).sqrt()
             if graft.learnt is not None:
                 source, signal = (graft.place.slot.rows(x) for x in graft.learnt)
-                s.activation_backward_rms[0, slot] = signal.square().mean().sqrt()
-                s.growth_gradient[0, slot] = growth_gradient([source[None]], [signal[None]])[0, 0]
+                s.activation_backward_rms[0, slot] = signal.float().square().mean().sqrt()
+                few = [x[None, :_ROWS].float() for x in (source, signal)]
+                share = min(_ROWS / len(signal), 1)
+                s.growth_gradient[0, slot] = growth_gradient(few[:1], few[1:])[0, 0] / share
                 graft.learnt = None
 
     def _evaluate(self) -> None:
-        """Validation loss, activations and contributions, as `Population` measures them."""
-        s, everyone = self.statistics, torch.tensor([0])
-        losses = self.losses(SAMPLES)
-        first = losses.mean()
-        for slot, graft in enumerate(self.grafts):
-            assert graft.seen is not None
-            slot_, site = graft.place.slot, graft.place.slot.site(graft.seen[1])
-            few = statistics_samples(site.tokens) * site.tokens
-            source, rows = (slot_.rows(x)[None, :few] for x in graft.seen)
-            width = torch.tensor([site.width])
-            # What says 0 is taken for flat, which is so behind ReLUs.
-            trace = Trace([rows], [source], [rows.ne(0).float()])
-            s.activations[0, slot] = activation_statistics(trace, self.moved(width))[0, 0]
+        """As `Population` measures them."""
+        s, losses = self.statistics, self.losses
+        assert losses is not None
+        few = losses(SAMPLES)
+        first = few.mean()
+        self._measure_activations()
         alphas = self.lifecycle.alpha[0].tolist()
         for slot, alpha in enumerate(alphas):
             if alpha > 0:
                 self.grafts[slot].set(0.0, False)
-                s.contribution[0, slot] = self.losses(SAMPLES).mean() - first
+                s.contribution[0, slot] = losses(SAMPLES).mean() - first
                 self.grafts[slot].set(alpha, False)
                 s.contribution_known[0, slot] = True
                 s.contribution_age[0, slot] = 0
         # Fewer than were asked for are all there are.
-        self.validation_loss = (first if len(losses) < SAMPLES else self.losses(None).mean())[None]
-        s.record_validation(everyone, self.validation_loss, self.moved(self.lifecycle.blueprint))
+        self._note((first if len(few) < SAMPLES else losses(None).mean())[None])
+
+    def _measure_activations(self) -> None:
+        for slot, graft in enumerate(self.grafts):
+            assert graft.seen is not None
+            slot_, site = graft.place.slot, graft.place.slot.site(graft.seen[1].shape)
+            few = statistics_samples(site.tokens) * site.tokens
+            source, rows = (slot_.rows(x)[None, :few].float() for x in graft.seen)
+            # What says 0 is taken for flat, which is so behind ReLUs.
+            trace = Trace([rows], [source], [rows.ne(0).float()])
+            width = self.moved(torch.tensor([site.width]))
+            self.statistics.activations[0, slot] = activation_statistics(trace, width)[0, 0]
+
+    def _note(self, validation_loss: Tensor) -> None:
+        self.validation_loss = validation_loss
+        lives = self.moved(self.lifecycle.blueprint)
+        self.statistics.record_validation(torch.tensor([0]), validation_loss, lives)
 
     def diverged(self) -> bool:
         """Whether a loss or a parameter is not finite, those of seeds included that reach the host."""
@@ -258,15 +307,14 @@ class ModuleHost:
     _TENSORS = ("epoch", "germinated", "extra_flops", "seed_steps", "validation_loss")
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next epochs depend on, but for the data's order, as tensors in plain containers."""
+        """Everything of growing that the next epochs depend on, as tensors in plain containers. The module and its
+        optimiser, whose state holds the seeds' moments, are the caller's to save."""
         return {
-            "model": {name: value.clone() for name, value in self.model.state_dict().items()},
             # In the order in which the optimiser, whose state has no names, has met them.
             "seeds": {
                 str(slot): {name: value.detach().clone() for name, value in seed.weights.items()}
                 for slot, seed in self._planted()
             },
-            "optimizer": deepcopy(self.optimizer.state_dict()),
             "lifecycle": {name: value.clone() for name, value in vars(self.lifecycle).items()},
             "statistics": {name: value.clone() for name, value in vars(self.statistics).items()},
             **{name: getattr(self, name).clone() for name in self._TENSORS},
@@ -279,13 +327,13 @@ class ModuleHost:
         return sorted(seeds, key=lambda planted: met[id(next(planted[1].parameters()))])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores what `state_dict` returned, and gives the optimiser the seeds' parameters: its own state is to be
+        loaded afterwards."""
         for part in ("lifecycle", "statistics"):
             for name, value in state[part].items():
                 setattr(getattr(self, part), name, value.clone())
         for name in self._TENSORS:
             setattr(self, name, state[name].clone())
-        self.model.load_state_dict(state["model"])
         for graft in self.grafts:
             if graft.seed is not None:
                 optimizers.remove(self.optimizer, graft.seed.parameters())
@@ -295,5 +343,4 @@ class ModuleHost:
             with torch.no_grad():
                 for name, value in weights.items():
                     seed.weights[name].copy_(value)
-        self.optimizer.load_state_dict(deepcopy(state["optimizer"]))  # which would share its tensors
         self._settle()

@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-def add(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Optimises `parameters` from now on, with the settings of the first group."""
-    first = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    optimizer.add_param_group({"params": list(parameters), **first})
+def add(optimizer: Optimizer, parameters: Iterable[nn.Parameter], like: nn.Parameter) -> None:
+    """Optimises `parameters` from now on, in the group of the parameter `like`, or else in the first, whose settings
+    and schedule they share; schedulers take no new groups."""
+    groups = optimizer.param_groups
+    next((group for group in groups if any(p is like for p in group["params"])), groups[0])["params"].extend(parameters)
 
 
 def remove(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Forgets `parameters` and their moments; the others keep theirs."""
     gone = set(map(id, parameters))
     for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in gone]
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        group["params"][:] = [p for p in group["params"] if id(p) not in gone]
     for parameter in [p for p in optimizer.state if id(p) in gone]:
         del optimizer.state[parameter]
 
@@ -29,6 +29,11 @@ def momentum(optimizer: Optimizer) -> float:
     """Of its first group: the decay of the mean gradient, 0 where there is none."""
     group = optimizer.param_groups[0]
     return float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
+
+
+def has_moments(optimizer: Optimizer) -> bool:
+    """Whether it keeps running means of gradients and of their squares, as those of Adam's family do."""
+    return any("exp_avg_sq" in state for state in optimizer.state.values())
 
 
 @torch.no_grad()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,8 @@ from esper.growth.observation import Observer
 from esper.growth.population import Population
 from esper.growth.state import PopulationSpec, TrainingSpec
 from esper.hosts import optimizers
-from esper.hosts.anatomy import Anatomy, Slot
+from esper.hosts.anatomy import Anatomy, Slot, traced
+from esper.hosts.budget import Budget
 from esper.hosts.module import ModuleHost
 from esper.runtime.errors import ConfigError
 
@@ -131,9 +135,9 @@ class Both:
             return F.cross_entropy(self.network(x[:count]), y[:count], reduction="none")
 
         size = int(p.context.train_size[0])
-        self.module = ModuleHost(
-            self.network, slots, names, self.optimizer, (x[:5],), losses, lifecycle, seeds=6, train_size=size, key=key
-        )
+        anatomy = Anatomy(self.network, slots, traced(self.network, (x[:5],)))
+        budget = Budget(parameters=None, seeds=6)
+        self.module = ModuleHost(self.network, anatomy, names, self.optimizer, losses, lifecycle, budget, size, key)
         self.layout = ActionLayout(STAGES, len(names))
 
     def epoch(self, action: int) -> None:
@@ -214,11 +218,14 @@ def test_a_restored_module_goes_on_as_if_it_had_never_stopped() -> None:
     for action in [*actions, layout.index(Verb.CULL, 1), 0]:
         one.epoch(action)
     state, population = one.module.state_dict(), one.population.state_dict()
+    trained = deepcopy([one.network.state_dict(), one.optimizer.state_dict()])
     for _ in range(3):
         one.epoch(0)
         other.epoch(0)  # to be forgotten
     other.population.load_state_dict(population)
     other.module.load_state_dict(state)
+    other.network.load_state_dict(trained[0])
+    other.optimizer.load_state_dict(trained[1])
     for _ in range(3):
         other.epoch(0)
     for ours, right in zip(one.network.flat(), other.network.flat(), strict=True):
@@ -265,31 +272,57 @@ class Pair(nn.Module):
         ("stage", "slot=stage: there is no such submodule; there are twice, never, pair"),
         ("twice", "slot=twice: called 2 times in a forward pass, not once"),
         ("never", "slot=never: called 0 times in a forward pass, not once"),
-        ("pair", "slot=pair: takes a Tensor and gives a tuple; both must be one tensor"),
+        ("pair", "slot=pair: has to take one tensor of floats, as its first positional argument, and to give one"),
     ],
 )
 def test_slots_that_do_not_fit_are_named(name: str, message: str) -> None:
+    odd = Odd()
     with pytest.raises(ConfigError, match=message):
-        Anatomy(Odd(), [Slot(name)], (torch.zeros(2, 3),))
+        Anatomy(odd, [Slot(name)], traced(odd, (torch.zeros(2, 3),)))
+
+
+def chain(network: nn.Module, names: tuple[str, ...], budget: Budget) -> ModuleHost:
+    """A host of two layers with a slot behind each."""
+    anatomy = Anatomy(network, [Slot("0"), Slot("1")], traced(network, (torch.zeros(2, 3),)))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+
+    def losses(count: int | None) -> Tensor:
+        return network(torch.ones(2, 3)).mean(1).detach()
+
+    return ModuleHost(network, anatomy, names, optimizer, losses, LifecycleSpec(), budget, train_size=10)
 
 
 def test_what_a_slot_cannot_hold_is_not_legal() -> None:
     """A bypass reads what its stage takes, which must have the shape of what it gives; what mixes tokens needs some."""
     network = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 5))
     names = ("mlp", "bypass", "attention")
-    host = ModuleHost(
-        network,
-        [Slot("0"), Slot("1")],
-        names,
-        torch.optim.SGD(network.parameters(), lr=0.1),
-        (torch.zeros(2, 3),),
-        lambda count: network(torch.ones(2, 3)).mean(1).detach(),
-        LifecycleSpec(),
-        seeds=1,
-        train_size=10,
-    )
+    host = chain(network, names, Budget(parameters=None, seeds=1))
     assert host.germinable().tolist() == [[[True, False, False], [True, True, False]]]
     assert Observer(host, 5)().action_mask.sum() == 1 + 3
+
+
+def test_what_the_budget_has_no_room_for_is_not_legal() -> None:
+    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))  # 16 + 20 parameters, 12 + 16 multiply-adds
+    names = ("norm", "bypass")  # 4 + 4 and 16 + 4 parameters; both 16 multiply-adds
+    sizes = ModuleHost.germinable
+
+    def legal(**limits: Any) -> list[list[bool]]:
+        return sizes(chain(network, names, Budget(**limits)))[0].tolist()
+
+    assert legal(parameters=1 + 20.5 / 36) == [[True, False], [True, True]]
+    assert legal(parameters=1 + 19.5 / 36) == [[True, False], [True, False]]
+    assert legal(parameters=None, flops=1 + 16.5 / 28) == [[True, False], [True, True]]
+    assert legal(parameters=None, flops=1 + 15.5 / 28) == [[False, False], [False, False]]
+    host = chain(network, names, Budget(parameters=1 + 20.5 / 36))
+    layout = ActionLayout(2, 2)
+    layout.execute(host, torch.tensor([layout.index(Verb.GERMINATE, 0, 0)]))
+    assert host.germinable()[0].tolist() == [[True, False], [True, False]], "the first norm has its share"
+
+
+@pytest.mark.parametrize(("name", "value"), [("parameters", 1.0), ("flops", 0.5), ("seeds", 0)])
+def test_budgets_that_leave_no_room_are_named(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"budget.{name}={value}"):
+        Budget(**{name: value})
 
 
 # ---- optimisers ------------------------------------------------------------------------------------------------------
@@ -324,8 +357,8 @@ def test_parameters_come_and_go_and_the_others_keep_their_moments() -> None:
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([a], lr=0.1, weight_decay=0.3)
     one_step(optimizer, a)
-    optimizers.add(optimizer, [b])
-    assert optimizer.param_groups[1]["weight_decay"] == 0.3
+    optimizers.add(optimizer, [b], like=a)
+    assert optimizer.param_groups[0]["params"] == [a, b]
     one_step(optimizer, b)
     kept = optimizer.state[a]["exp_avg"]
     optimizers.remove(optimizer, [b])

@@ -65,7 +65,9 @@ class GradientNorm(_Greedy):
     """Where the gradient of the stage's own weights is largest."""
 
     def statistic(self, graph: GraphBatch) -> Tensor:
-        return column(graph, "layer", "log_gradient_rms")[:, 1:-1]
+        packed, gradient = graph.pack(), column(graph, "layer", "log_gradient_rms")
+        reads = packed.layout.of_relation(packed.mask, ("slot", "reads", "layer"))  # [N, layers, slots]
+        return gradient[:, :, None].masked_fill(~reads, -torch.inf).amax(1)
 
 
 @register("gradmax", GradientKnobs)
