@@ -6,6 +6,8 @@ when an episode starts; controllers that meet the same instances meet the same t
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import OrderedDict
 
 import torch
@@ -16,9 +18,12 @@ from esper.growth.context import Context
 from esper.growth.population import Population
 from esper.growth.state import PopulationSpec
 
+log = logging.getLogger(__name__)
+
 COLUMNS = 5  # of an episode besides its epochs
 
 _BATCH = 256  # twins trained side by side
+_LONG_S = 2.0  # what takes longer is announced, the first time
 
 
 class Twins:
@@ -76,8 +81,13 @@ class Twins:
         start = population.validation_loss.cpu().nan_to_num(nan=torch.inf, posinf=torch.inf)
         losses, lost = [start], torch.zeros(len(context), dtype=torch.bool)
         meter = Meter(population, self._epochs)
-        for _ in range(self._epochs):
+        began = time.perf_counter()
+        for epoch in range(self._epochs):
             meter.train_epoch()
+            if epoch == 0 and not self._places:
+                expected = self._epochs * (time.perf_counter() - began)
+                if expected > _LONG_S:
+                    log.info("training the twins of the first %d hosts (about %.0f s) ...", len(context), expected)
             lost |= population.diverged()
             losses.append(population.validation_loss.cpu().masked_fill(lost, torch.inf))
         accuracies = [population.accuracy(everyone, split).cpu() for split in PARTS]

@@ -9,31 +9,38 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from esper.runtime.errors import ConfigError, EsperError
+from esper.runtime.errors import ConfigError, EsperError, TrainingError
 
-_Job = Callable[[DictConfig], None]
+_Job = Callable[[DictConfig], Any]
 
 
 def job(schema: type) -> Callable[[_Job], _Job]:
     """Decorator for what stands under `hydra.main`: refuses keys that `schema` does not have, and ends the process
-    with one line and an exit code on an EsperError, before Hydra adds lines of its own."""
+    with one line and an exit code on an EsperError, before Hydra adds lines of its own. Under a sweep a TrainingError
+    goes to the sweeper instead, to which a run that fails is a result; every other error ends the sweep."""
 
     def wrap(function: _Job) -> _Job:
         @functools.wraps(function)
-        def wrapped(given: DictConfig) -> None:
+        def wrapped(given: DictConfig) -> Any:
             try:
-                _check_keys(given, schema)
-                function(given)
+                try:
+                    _check_keys(given, schema)
+                    return function(given)
+                except OmegaConfBaseException as error:
+                    raise ConfigError(explain(error, schema)) from error
             except EsperError as error:
+                if HydraConfig.get().mode == RunMode.MULTIRUN and isinstance(error, KeyError):
+                    raise
                 sys.exit(_fail(str(error), error.exit_code))
-            except OmegaConfBaseException as error:
-                sys.exit(_fail(explain(error, schema), ConfigError.exit_code))
 
         return wrapped
 
@@ -51,6 +58,8 @@ def run(entry: Callable[[], None], schema: type) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         entry()
+    except TrainingError as error:  # of a run of a sweep
+        return _fail(str(error), error.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
         own = next((e for e in _chain(error) if isinstance(e, EsperError)), None)
         if own is not None:

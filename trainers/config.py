@@ -210,6 +210,15 @@ class EvaluateConfig(EvaluationConfig):
 
 
 @dataclass
+class ExportConfig:
+    """`python -m trainers.export`."""
+
+    checkpoint: str = MISSING  # a run directory, a checkpoint file, or a shipped policy
+    format: str = "torch_export"  # or onnx
+    out: str = MISSING  # the file to write
+
+
+@dataclass
 class BenchmarkSettings:
     """What a benchmark measures, and how often."""
 
@@ -290,17 +299,14 @@ def load_policy(name: str) -> PolicyConfig:
 
 
 def register() -> None:
-    """Makes the schemas known to Hydra, and the resolvers that `conf/` uses."""
+    """Makes the schemas known to Hydra."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     for kind in CONFIGS.values():
         store.store(name=f"{kind.kind}_schema", node=kind)
     store.store(name="benchmark_schema", node=BenchmarkConfig)
-    OmegaConf.register_new_resolver("esper.run_dir", _run_dir, use_cache=True, replace=True)
-    OmegaConf.register_new_resolver(
-        "esper.output_subdir", lambda resume: ".hydra_resume" if resume else ".hydra", replace=True
-    )
+    store.store(name="export_schema", node=ExportConfig)
 
 
 def _run_dir(resume: str | None, output_dir: str, name: str, now: str) -> str:
@@ -312,6 +318,21 @@ def _run_dir(resume: str | None, output_dir: str, name: str, now: str) -> str:
         number += 1
         path = path.with_name(f"{now}_{number}")
     return str(path)
+
+
+def _study(output_dir: str, name: str) -> str:
+    """The database of the study called `name`, which is the same whenever its sweep is started."""
+    folder = Path(output_dir).resolve() / name
+    folder.mkdir(parents=True, exist_ok=True)  # SQLite makes no folders
+    return f"sqlite:///{folder / 'study.db'}"
+
+
+# Here, since the processes in which a sweep's launcher runs jobs import this module but do not call `register`.
+OmegaConf.register_new_resolver("esper.run_dir", _run_dir, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("esper.study", _study, replace=True)
+OmegaConf.register_new_resolver(
+    "esper.output_subdir", lambda resume: ".hydra_resume" if resume else ".hydra", replace=True
+)
 
 
 def existing_run(given: str) -> Path:

@@ -25,6 +25,8 @@ from trainers.config import EvaluationConfig
 from trainers.progress import Reporter
 
 TAMIYO = "tamiyo"
+Watch = Callable[[GraphBatch, torch.Tensor | None], None]
+"""See Recorder."""
 _RESAMPLES = 2000
 _BATCH = 64  # episodes side by side
 _ACCOUNTS = (
@@ -43,6 +45,10 @@ _ACCOUNTS = (
     "twin_test_psnr",
     "bicubic_test_psnr",
 )
+
+
+def unseen(graph: GraphBatch, actions: torch.Tensor | None) -> None:
+    """Watches nothing."""
 
 
 class TamiyoController:
@@ -66,6 +72,7 @@ def play(
     device: str,
     on_epoch: Callable[[int], None] = lambda done: None,
     split: str = "heldout",
+    watch: Watch = unseen,
 ) -> dict[str, np.ndarray]:
     """Plays episodes; returns what `GrowthEnv.step` tells of each, in the order of the instances.
 
@@ -73,6 +80,7 @@ def play(
         episodes: instances of the seed, from the first on if a number is given.
         on_epoch: called with the number of host epochs done, after each step.
         split: of the instances, as for GrowthEnv.
+        watch: called with what is observed and chosen, as a Recorder is.
     """
     chosen = range(episodes) if isinstance(episodes, int) else episodes
     collected: list[dict[str, torch.Tensor]] = []
@@ -87,11 +95,14 @@ def play(
             controller.watch(env)
         controller.begin(count)
         for _ in range(config.epochs):
-            graph, _, _, _, info = env.step(controller.act(graph))
+            actions = controller.act(graph)
+            watch(graph, actions)
+            graph, _, _, _, info = env.step(actions)
             if info:  # an episode also ends where its host diverges
                 collected.append({**info["episodes"], "instance": first + info["episodes"]["env"]})
             done += count
             on_epoch(done)
+        watch(graph, None)
     played = {name: torch.cat([part[name] for part in collected]).cpu().numpy() for name in collected[0]}
     order = played["instance"].argsort()
     return {name: values[order] for name, values in played.items()}
@@ -117,9 +128,10 @@ def _summary(scores: np.ndarray) -> dict[str, Any]:
 
 
 def evaluate(
-    policy: GraphPolicy, config: GrowthConfig, settings: EvaluationConfig, device: str, checkpoint: str
-) -> dict[str, Any]:
-    """Plays Tamiyo and the chosen baselines; returns the report.
+    policy: GraphPolicy, config: GrowthConfig, settings: EvaluationConfig, device: str, checkpoint: str, watch: Watch
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Plays Tamiyo and the chosen baselines; returns the report, and what `play` tells of Tamiyo's episodes, which
+    `watch` sees.
 
     The report's `controllers` map a name to its scores (episode returns), their IQM with interval, the means of the
     accounts (accuracies on the test split, with and without growth, among them), and, for baselines, the paired
@@ -139,6 +151,7 @@ def evaluate(
         "controllers": {},
     }
     each = settings.episodes * config.epochs
+    found: dict[str, dict[str, np.ndarray]] = {}
     with Reporter("evaluating", each * len(controllers), "host epochs") as reporter:
         for number, (name, controller) in enumerate(controllers.items()):
             base = number * each
@@ -146,7 +159,9 @@ def evaluate(
             def shown(done: int, base: int = base, name: str = name) -> None:
                 reporter.update(base + done, name)
 
-            played = play(controller, config, settings.episodes, settings.seed, device, shown)
+            see = watch if name == TAMIYO else unseen
+            played = play(controller, config, settings.episodes, settings.seed, device, shown, watch=see)
+            found[name] = played
             scores = played["return"].astype(float)
             row = {**_summary(scores), "scores": [round(float(s), 6) for s in scores]}
             row |= {name: float(played[name].mean()) for name in _ACCOUNTS if name in played}
@@ -157,7 +172,7 @@ def evaluate(
             theirs = np.array(row["scores"])
             row["tamiyo_minus_this"] = _summary(mine - theirs)
             row["probability_of_improvement"] = float(np.mean((mine > theirs) + 0.5 * (mine == theirs)))
-    return report
+    return report, found[TAMIYO]
 
 
 def scalars(report: dict[str, Any]) -> dict[str, float]:
@@ -168,7 +183,6 @@ def scalars(report: dict[str, Any]) -> dict[str, float]:
 POLICY = TAMIYO
 HEADINGS = ("controller", "return (IQM)", "Tamiyo minus it", "P(better)", "points", "size")
 LEGEND = (
-    "",
     "Returns are on validation data, 0 is the ungrown twin. Brackets are 95 % bootstrap intervals of the",
     "interquartile mean over instances. P(better) is the share of instances on which Tamiyo scores higher (ties count",
     "half); points are what growing added to the accuracy on the test split in percent, less 10 for 100 % more",
@@ -200,6 +214,36 @@ def rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
             )
         )
     return lines
+
+
+_DID = {
+    "gain": "gain",
+    "germinated": "germinated",
+    "fossilized": "fossilized",
+    "culled": "culled",
+    "diverged": "diverged",
+    "flops_ratio": "compute of seeds",
+    "test_accuracy": "test accuracy",
+    "twin_test_accuracy": "twin's",
+    "test_psnr": "test PSNR",
+    "twin_test_psnr": "twin's",
+    "bicubic_test_psnr": "bicubic",
+}
+
+
+_DID_NOTE = (
+    "Means over the episodes. The gain is the return before the price of parameters. Germinated, fossilized and culled "
+    "are actions; seeds that are held at the end are kept without one. The compute of seeds is in ungrown episodes. "
+    "The twin's is the test result of the host that was never grown."
+)
+
+
+def details(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]], str]:
+    """Headings, rows and explanation of a table of the accounts, best controller first."""
+    ordered = sorted(report["controllers"].items(), key=lambda item: -item[1]["iqm"])
+    names = [name for name in _DID if name in ordered[0][1]]
+    lines = [(controller, *(f"{row[name]:.3f}" for name in names)) for controller, row in ordered]
+    return ("controller", *(_DID[name] for name in names)), lines, _DID_NOTE
 
 
 def title(report: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +28,7 @@ from esper.tamiyo.actor import Actor
 from esper.tamiyo.loading import check_parameters, interface_of, load_state
 from esper.tamiyo.policies import make_policy
 from esper.tamiyo.policy import Tamiyo
-from trainers import judging, warm_start
+from trainers import board, judging, warm_start
 from trainers.config import TrainConfig
 from trainers.preemption import Preemption, Stop
 from trainers.progress import Reporter
@@ -56,10 +56,17 @@ class Trainer:
         config: checked configuration.
         run_dir: the run directory.
         state: a checkpoint to go on from.
+        overrides: what the command line said, for the run's card.
     """
 
-    def __init__(self, config: TrainConfig, run_dir: Path, state: dict[str, Any] | None = None):
-        self.config, self.run_dir = config, run_dir
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: Path,
+        state: dict[str, Any] | None = None,
+        overrides: Sequence[str] = (),
+    ):
+        self.config, self.run_dir, self.overrides = config, run_dir, overrides
         device = config.runtime.device
         config.runtime.set_up()
         seeding.seed_everything(config.seed)
@@ -118,12 +125,16 @@ class Trainer:
         """
         resumed_at = self.step if self.iteration else None
         with self._files_guarded("open the logs"):
-            telemetry = Telemetry(self.run_dir, resumed_at)
+            telemetry = Telemetry(self.run_dir, resumed_at, board.LAYOUT)
+            size = sum(parameter.numel() for parameter in self.policy.parameters())
+            telemetry.text(self.step, "run", board.card(self.config, self.run_dir, self.step, self.overrides, size))
         self.keep()
         try:
             if not self.warm:
                 self._warm_start(preemption)
             self._train(telemetry, preemption)
+            if not self.config.evaluation.episodes:  # otherwise the run ends with it
+                self._conclude(telemetry, {})
         except Stop as stop:
             raise Preempted(f"stopped by {stop.name}; {self._kept()}") from stop
         except _FilesError:
@@ -166,7 +177,7 @@ class Trainer:
                     if self._due():
                         self.save()
                     self._saving_s = time.perf_counter() - start
-                    reporter.update(self.step, f"return {scalars.get('rollout/ep_rew_mean', float('nan')):+.3f}")
+                    reporter.update(self.step, f"return {self._mean_return():+.3f}" if self.window else "")
                 if self.learner.failed:  # which has left no mark on the parameters
                     raise TrainingError(self.learner.failed)
 
@@ -241,7 +252,8 @@ class Trainer:
             self.window.append(dict(zip(columns, map(float, values), strict=True)))
 
     def evaluate(self) -> dict[str, Any]:
-        """Compares the policy with the baselines on held-out instances; writes `eval/` and the `eval/` scalars.
+        """Compares the policy with the baselines on held-out instances; writes `eval/`, and the `eval/` scalars and
+        pictures of TensorBoard.
 
         Raises:
             TrainingError: files could not be written.
@@ -249,13 +261,26 @@ class Trainer:
         newest = str(checkpoint.found(self.run_dir)[0])
         config = self.config
         learned = self.env.learned() if isinstance(self.env, AdaptedEnv) else {}
-        report = judging.evaluate(self.policy, config.env, config.evaluation, config.runtime.device, newest, learned)
+        report, drawn = judging.evaluate(
+            self.policy, config.env, config.evaluation, config.runtime.device, newest, learned
+        )
         with self._files_guarded("write the evaluation"):
-            judging.write(report, self.run_dir / "eval")
-            telemetry = Telemetry(self.run_dir, self.step)
+            telemetry = Telemetry(self.run_dir, self.step, board.LAYOUT)
             telemetry.log(self.step, judging.scalars(report))
+            for picture in drawn:
+                telemetry.picture(self.step, f"eval/{picture.name}", picture.png())
+            self._conclude(telemetry, judging.scalars(report))
             telemetry.close()
+            judging.write(report, drawn, self.run_dir / "eval")  # last, since it says that all of this is done
         return report
+
+    def _conclude(self, telemetry: Telemetry, scalars: dict[str, float]) -> None:
+        """Writes what the run was given, and how it ended: `scalars` of the evaluation and the last mean return."""
+        ended = [*scalars, *(["rollout/ep_rew_mean"] if self.window else [])]
+        telemetry.outcome(self.step, board.settings(self.config), ended)
+
+    def _mean_return(self) -> float:
+        return _mean([episode["return"] for episode in self.window])
 
     # ---- files ----------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from esper.runtime.errors import Preempted
+from esper.runtime.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -34,7 +34,7 @@ def early() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         line = f"error: stopped by {signal.Signals(number).name} before there was anything to save; start it again\n"
         os.write(2, line.encode())
-        os._exit(Preempted.exit_code)
+        os._exit(Interrupted.exit_code)
 
     previous = _handled(dict.fromkeys(SIGNALS, leave))
     try:
@@ -45,9 +45,14 @@ def early() -> Iterator[None]:
 
 class Preemption:
     """While it is entered, the first of SIGNALS raises Stop wherever the main thread is; a second one acts as if there
-    were no handler."""
+    were no handler.
 
-    def __init__(self) -> None:
+    Args:
+        doing: what follows the first one, for the line that is printed then.
+    """
+
+    def __init__(self, doing: str = "saving a checkpoint") -> None:
+        self._doing = doing
         self._number: int | None = None
         self._held = 0
 
@@ -75,6 +80,6 @@ class Preemption:
             os.kill(os.getpid(), number)
         self._number = number
         with suppress(OSError):  # whoever read what is printed may be gone, which must not keep it from saving
-            print(f"\n{signal.Signals(number).name}: saving a checkpoint (once more: stop at once) ...", flush=True)
+            print(f"\n{signal.Signals(number).name}: {self._doing} (once more: stop at once) ...", flush=True)
         if not self._held:
             raise Stop(number)

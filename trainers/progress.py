@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 _EVERY_SECONDS = 10.0  # between two lines where there is no terminal
 
@@ -17,6 +17,19 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def announce() -> None:
+    """Says that something goes on before anything else can be said, unless what is printed is asked for by a flag."""
+    if not any(argument.startswith("--") for argument in sys.argv[1:]):
+        print("starting ...", flush=True)
+
+
+def pace(rate: float) -> str:
+    """Of a positive number of units per second; of slow ones, how long each takes."""
+    if rate >= 10:
+        return f"{rate:,.0f}/s"
+    return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
 
 
 class Reporter:
@@ -33,7 +46,12 @@ class Reporter:
         self._label, self._total, self._unit, self._start_done = label, total, unit, done
         self._bar: Progress | None = None
         if sys.stdout.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[status]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),  # moves also while a single unit takes long
+            )
             self._bar = Progress(*columns, console=Console())
             self._task = self._bar.add_task(label, total=total, completed=done, status="")
         self._started = time.monotonic()
@@ -42,6 +60,7 @@ class Reporter:
     def __enter__(self) -> Reporter:
         if self._bar:
             self._bar.start()
+        self.update(self._start_done)  # whoever waits sees at once for what
         return self
 
     def __exit__(
@@ -55,8 +74,11 @@ class Reporter:
         now = time.monotonic()
         elapsed = now - self._started
         rate = (done - self._start_done) / max(elapsed, 1e-9)
-        left = duration((self._total - done) / rate) if rate > 0 and done < self._total else "0:00"
-        figures = (f"{min(done, self._total):,}/{self._total:,} {self._unit}", f"{rate:,.0f}/s", note, f"ETA {left}")
+        counted = f"{min(done, self._total):,}/{self._total:,} {self._unit}"
+        known = done > self._start_done
+        left = duration((self._total - done) / rate) if known and done < self._total else "0:00"
+        ending = f"ETA {left}" if known or done >= self._total else ""
+        figures = (counted, pace(rate) if known else "", note, ending)
         status = "  ".join(figure for figure in figures if figure)
         if self._bar:
             self._bar.update(self._task, completed=done, status=status)

@@ -20,7 +20,10 @@ from trainers.progress import Reporter
 
 POLICY, RANDOM = "policy", "random"
 HEADINGS = ("controller", "return (mean)", "std", "lowest", "highest", "length")
-LEGEND: tuple[str, ...] = ()
+LEGEND = (
+    "Returns are sums of the environment's own rewards over an episode; std, lowest and highest are over the episodes,",
+    "and length is their mean number of steps.",
+)
 
 Choose = Callable[[GraphBatch], torch.Tensor]
 

@@ -11,6 +11,9 @@ def main() -> None:
     """Console entry point."""
     with early():
         # Here, since these imports take seconds in which a signal may come.
+        from trainers.progress import announce
+
+        announce()
         from trainers import training
 
         sys.exit(training.run())

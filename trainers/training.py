@@ -14,10 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 from envs.making import saved_env_config
 from esper.graph.segment import acceleration_status
 from esper.runtime import checkpoint, lock
-from esper.runtime.errors import ConfigError, Preempted
+from esper.runtime.errors import ConfigError, Interrupted, Preempted
 from trainers import cli, config, judging
 from trainers.config import TrainConfig
 from trainers.loop import Trainer
+from trainers.objective import objective
 from trainers.preemption import Preemption, Stop
 
 log = logging.getLogger(__name__)
@@ -76,15 +77,17 @@ def _fixed(key: str) -> list[str]:
 
 @hydra.main(version_base="1.3", config_path="pkg://esper.conf", config_name="train")
 @cli.job(TrainConfig)
-def _main(given: DictConfig) -> None:
+def _main(given: DictConfig) -> float | None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     with Preemption() as preemption, lock.owned(run_dir):
         try:
             _train(given, run_dir, preemption)
         except Stop as stop:
-            kept = bool(checkpoint.found(run_dir))
-            go_on = f"Go on with: python -m trainers.train resume={run_dir}" if kept else "Nothing was to be saved yet."
-            raise Preempted(f"stopped by {stop.name} outside of training. {go_on}") from stop
+            if not checkpoint.found(run_dir):
+                raise Interrupted(f"stopped by {stop.name} before there was anything to save; start it again") from stop
+            go_on = f"go on with: python -m trainers.train resume={run_dir}"
+            raise Preempted(f"stopped by {stop.name} outside of training, all of it is saved; {go_on}") from stop
+    return objective(run_dir)
 
 
 def _train(given: DictConfig, run_dir: Path, preemption: Preemption) -> None:
@@ -104,7 +107,7 @@ def _train(given: DictConfig, run_dir: Path, preemption: Preemption) -> None:
     status = acceleration_status()
     way = "accelerated in eager code" if status["acceleration_enabled"] else "native"
     log.info("segment reductions: %s (%s)", way, status["why"])
-    trainer = Trainer(settings, run_dir, state)
+    trainer = Trainer(settings, run_dir, state, list(HydraConfig.get().overrides.task))
     console.print(f"run directory: {run_dir}", soft_wrap=True, highlight=False)
     evaluated = not settings.evaluation.episodes or (run_dir / "eval" / "report.json").exists()
     if state is not None:
@@ -121,6 +124,7 @@ def _train(given: DictConfig, run_dir: Path, preemption: Preemption) -> None:
         f"train longer:     python -m trainers.train resume={run_dir} ppo.total_steps={2 * settings.ppo.total_steps}",
         f"evaluate again:   python -m trainers.evaluate checkpoint={run_dir} baselines=all episodes=256",
         f"see the curves:   tensorboard --logdir {run_dir / 'tb'}",
+        *([f"see the pictures: {run_dir / 'eval' / judging.PAGE}"] if settings.evaluation.episodes else []),
     ):
         console.print(line, soft_wrap=True, highlight=False)
 

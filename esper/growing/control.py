@@ -45,7 +45,10 @@ def resolved(given: Given) -> str | GraphPolicy | Controller:
         policy: GraphPolicy | Controller = given
     else:
         try:
-            policy = policy_of(load_state(given, "policy")[1], origin=f"policy={given}")
+            state = load_state(given, "policy")[1]
+            # The fastest for one graph at a time, and a large one.
+            state["config"]["policy"]["backend"] = "dense"
+            policy = policy_of(state, origin=f"policy={given}")
         except ConfigError as error:
             raise ConfigError(f"{error}; baselines are {', '.join(baselines.usable(''))}") from error
     if isinstance(policy, GraphPolicy) and not isinstance(policy, Tamiyo):

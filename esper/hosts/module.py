@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.growth import blueprints
-from esper.growth.blueprints import Blueprint
+from esper.growth.blueprints import Blueprint, Site
 from esper.growth.context import Context
 from esper.growth.host import Trace
 from esper.growth.lifecycle import Event, Lifecycle, LifecycleSpec, Stage, is_live
@@ -29,7 +29,7 @@ Losses = Callable[[int | None], Tensor]
 """Losses [n] of the module on the first n validation samples, in one forward pass, or on all; in eval mode, without
 gradients."""
 
-_ROWS = 8192  # of samples and tokens, that the gradient of new units is estimated from
+_TOKENS = 8192  # of the last minibatch, that the gradient of new units is estimated from
 
 
 class ModuleHost:
@@ -113,12 +113,10 @@ class ModuleHost:
 
     def _measure_squares(self) -> tuple[Tensor, Tensor]:
         """What `optimizers.squares` says of every layer [L, 4] and of every slot's seed [S, 4], 0 without one."""
-        nothing = torch.zeros(4)
-        seeds = [None if graft.seed is None else list(graft.seed.parameters()) for graft in self.grafts]
-        return (
-            torch.stack([optimizers.squares(self.optimizer, layer.parameters) for layer in self.anatomy.layers]),
-            torch.stack([nothing if own is None else optimizers.squares(self.optimizer, own) for own in seeds]),
-        )
+        layers = [layer.parameters for layer in self.anatomy.layers]
+        seeds = [() if graft.seed is None else tuple(graft.seed.parameters()) for graft in self.grafts]
+        sums = optimizers.squares(self.optimizer, [*layers, *seeds])
+        return sums[: len(layers)], sums[len(layers) :]
 
     # ---- sizes and costs ------------------------------------------------------------------------------------------
 
@@ -255,11 +253,13 @@ class ModuleHost:
                 count = sum(p.numel() for p in graft.seed.parameters())
                 s.seed_gradient_rms[0, slot] = (seeds[slot, 1] / count).sqrt()
             if graft.learnt is not None:
-                source, signal = (graft.place.slot.rows(x) for x in graft.learnt)
-                s.activation_backward_rms[0, slot] = signal.float().square().mean().sqrt()
-                few = [x[None, :_ROWS].float() for x in (source, signal)]
-                share = min(_ROWS / len(signal), 1)
-                s.growth_gradient[0, slot] = growth_gradient(few[:1], few[1:])[0, 0] / share
+                slot_, (read, signal) = graft.place.slot, graft.learnt
+                norm = torch.linalg.vector_norm(signal, dtype=torch.float32)
+                s.activation_backward_rms[0, slot] = norm / signal.numel() ** 0.5
+                few = max(_TOKENS // slot_.site(signal.shape).tokens, 1)
+                part = [slot_.rows(x[:few])[None].float() for x in (read, signal)]
+                share = min(few / len(signal), 1)
+                s.growth_gradient[0, slot] = growth_gradient(part[:1], part[1:])[0, 0] / share
                 graft.learnt = None
 
     def _evaluate(self) -> None:
@@ -281,15 +281,20 @@ class ModuleHost:
         self._note((first if len(few) < SAMPLES else losses(None).mean())[None])
 
     def _measure_activations(self) -> None:
+        alike: dict[Site, list[int]] = {}  # slots that can be measured at once
         for slot, graft in enumerate(self.grafts):
             assert graft.seen is not None
-            slot_, site = graft.place.slot, graft.place.slot.site(graft.seen[1].shape)
-            few = statistics_samples(site.tokens) * site.tokens
-            source, rows = (slot_.rows(x)[None, :few].float() for x in graft.seen)
+            alike.setdefault(graft.place.slot.site(graft.seen[1].shape), []).append(slot)
+        for site, slots in alike.items():
+            few, rows = statistics_samples(site.tokens), []
+            for slot in slots:
+                graft = self.grafts[slot]
+                assert graft.seen is not None
+                rows.append(graft.place.slot.rows(graft.seen[1][:few])[None].float())
             # What says 0 is taken for flat, which is so behind ReLUs.
-            trace = Trace([rows], [source], [rows.ne(0).float()])
+            trace = Trace(rows, rows, [x.ne(0).float() for x in rows])
             width = self.moved(torch.tensor([site.width]))
-            self.statistics.activations[0, slot] = activation_statistics(trace, width)[0, 0]
+            self.statistics.activations[0, slots] = activation_statistics(trace, width)[0]
 
     def _note(self, validation_loss: Tensor) -> None:
         self.validation_loss = validation_loss

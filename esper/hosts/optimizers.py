@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,31 +38,53 @@ def has_moments(optimizer: Optimizer) -> bool:
 
 
 @torch.no_grad()
-def squares(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """[4], sums of squares over `parameters`: of their values, gradients, last updates and mean gradients.
+def squares(optimizer: Optimizer, parts: Sequence[Sequence[nn.Parameter]]) -> Tensor:
+    """float32 [parts, 4] on the CPU, sums of squares over the parameters of each part: of their values, gradients, last
+    updates and mean gradients.
 
     Gradients are those of the running means of Adam's family (Kingma and Ba, arXiv 1412.6980); of other optimisers, of
-    the last step.
+    the last step. What is not trained has none.
     """
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    total = torch.zeros(4)
-    for p in parameters:
-        group, state = groups.get(id(p)), optimizer.state.get(p, {})
-        zero = torch.zeros(())
-        gradient = mean = update = zero
-        if group is not None and "exp_avg_sq" in state:
-            beta1, beta2 = group["betas"]
-            step = float(state["step"])
-            slow, fast = 1 - beta1**step, 1 - beta2**step
-            size = group["lr"] * fast**0.5 / slow
-            update = (size * state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group["eps"])).square().sum()
-            mean, gradient = (state["exp_avg"] / slow).square().sum(), (state["exp_avg_sq"] / fast).sum()
-        elif group is not None and p.grad is not None:
-            gradient = p.grad.square().sum()
-            buffer = state.get("momentum_buffer")
-            step_ = p.grad if buffer is None else buffer
-            update = (group["lr"] * step_).square().sum()
-            decay = 0.0 if buffer is None else 1 - group["momentum"] * (1 - group.get("dampening", 0.0))
-            mean = gradient if buffer is None else (step_ * decay).square().sum()
-        total += torch.stack([p.square().sum(), gradient, update, mean]).cpu().float()
-    return total
+    parameters = [p for part in parts for p in part]
+    if not parameters:
+        return torch.zeros(len(parts), 4)
+    place = {id(p): number for number, p in enumerate(parameters)}
+    found = torch.zeros(len(parameters), 4, dtype=torch.float64)
+    found[:, 0] = _norms(parameters).square().double()
+    for group in optimizer.param_groups:
+        own = [p for p in group["params"] if id(p) in place]
+        with_means = [p for p in own if "exp_avg_sq" in optimizer.state.get(p, {})]
+        stepped = [p for p in own if "exp_avg_sq" not in optimizer.state.get(p, {}) and p.grad is not None]
+        for rows, measured in ((with_means, _of_means), (stepped, _of_last_step)):
+            if rows:
+                found[[place[id(p)] for p in rows], 1:] = measured(optimizer, group, rows).double()
+    ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+    sums = torch.cat([torch.zeros(1, 4, dtype=torch.float64), found.cumsum(0)])
+    return sums[ends].sub(sums[ends - torch.tensor([len(part) for part in parts])]).float()
+
+
+def _of_means(optimizer: Optimizer, group: dict[str, Any], parameters: list[nn.Parameter]) -> Tensor:
+    beta1, beta2 = group["betas"]
+    states = [optimizer.state[p] for p in parameters]
+    means, seconds = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+    step = torch.tensor([float(s["step"]) for s in states], dtype=torch.float64)
+    slow, fast = 1 - beta1**step, 1 - beta2**step
+    # One after the other, so that each finds the memory of the one before in the cache.
+    raw = [torch.linalg.vector_norm(m / v.sqrt().add_(group["eps"])) for m, v in zip(means, seconds, strict=True)]
+    steps = torch.stack(raw).cpu().float() * float(group["lr"]) * fast.sqrt() / slow
+    return torch.stack([_norms(seconds, 1) / fast, steps.square(), (_norms(means) / slow).square()], dim=1)
+
+
+def _of_last_step(optimizer: Optimizer, group: dict[str, Any], parameters: list[nn.Parameter]) -> Tensor:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    buffers = [optimizer.state.get(p, {}).get("momentum_buffer") for p in parameters]
+    gradient = _norms(gradients)
+    step = _norms([g if b is None else b for g, b in zip(gradients, buffers, strict=True)])
+    decay = 1 - group.get("momentum", 0.0) * (1 - group.get("dampening", 0.0))
+    share = torch.tensor([1.0 if buffer is None else decay for buffer in buffers])
+    return torch.stack([gradient, float(group["lr"]) * step, share * step], dim=1).square()
+
+
+def _norms(tensors: Sequence[Tensor], order: float = 2) -> Tensor:
+    """float32 on the CPU, of each tensor; in one call for all of them."""
+    return torch.stack(list(torch._foreach_norm(list(tensors), order))).cpu().float()

@@ -29,6 +29,12 @@ class Preempted(EsperError):
     exit_code = 75
 
 
+class Interrupted(EsperError):
+    """A signal asked for an early end; there was nothing to be saved."""
+
+    exit_code = 130
+
+
 def check_positive(prefix: str, values: Mapping[str, float]) -> None:
     """Refuses values that are not above 0.
 

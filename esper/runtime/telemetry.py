@@ -6,24 +6,33 @@ import json
 import math
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 METRICS_FILE = "metrics.jsonl"
 
+Layout = Mapping[str, Mapping[str, Sequence[str]]]
+"""category -> chart -> tags, as regular expressions, that the chart draws together."""
+
+_WIDTH, _HEIGHT = slice(16, 20), slice(20, 24)  # of a picture, where its PNG says them
+
 
 class Telemetry:
-    """Writes scalars of one run.
+    """Writes scalars of one run, and what explains them.
 
     Args:
         run_dir: where `tb/` and `metrics.jsonl` are.
         resumed_at: the step the run goes on from; points logged after it, by a run that then died, are taken back.
+        layout: charts of TensorBoard's tab of custom scalars. Each event file holds it, and TensorBoard shows it once.
     """
 
-    def __init__(self, run_dir: Path, resumed_at: int | None = None):
+    def __init__(self, run_dir: Path, resumed_at: int | None = None, layout: Layout | None = None):
         self.path = run_dir / METRICS_FILE
         if resumed_at is not None and self.path.exists():
             lines = self.path.read_bytes().splitlines()
@@ -34,6 +43,12 @@ class Telemetry:
         purge = None if resumed_at is None else resumed_at + 1
         _date_back(run_dir / "tb")
         self._writer = SummaryWriter(str(run_dir / "tb"), purge_step=purge)
+        if layout is not None:
+            charts = {
+                category: {chart: ["Multiline", list(tags)] for chart, tags in charts.items()}
+                for category, charts in layout.items()
+            }
+            self._put(custom_scalars(charts), resumed_at or 0)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one point of every scalar at `step` (environment steps). NaN becomes null in JSON."""
@@ -48,6 +63,33 @@ class Telemetry:
         """Writes the distribution of `values` at `step`, for TensorBoard alone."""
         if values:
             self._writer.add_histogram(name, np.asarray(values), step)
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """Writes a text at `step`, for TensorBoard alone."""
+        self._writer.add_text(name, markdown, step)
+
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        """Writes a picture at `step`, for TensorBoard alone."""
+        width, height = (int.from_bytes(png[place], "big") for place in (_WIDTH, _HEIGHT))
+        image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+        self._put(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+
+    def outcome(self, step: int, settings: Mapping[str, Any], metrics: Collection[str]) -> None:
+        """Writes what the run was given and which scalars tell how it went, for TensorBoard's table of hyperparameters.
+        Of a run that ends several times it shows what was given first.
+
+        Args:
+            settings: name -> value; what is neither a number, a truth value nor a text is written as a text.
+            metrics: names of scalars that are logged; the table shows their last values.
+        """
+        known = bool | int | float | str
+        plain = {name: value if isinstance(value, known) else str(value) for name, value in settings.items()}
+        # SummaryWriter.add_hparams would put them into a run of their own, below this one.
+        for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
+            self._put(summary, step)
+
+    def _put(self, summary: Summary, step: int) -> None:
+        self._writer._get_file_writer().add_summary(summary, step)
 
     def close(self) -> None:
         self._file.close()

@@ -44,7 +44,7 @@ class PooledEncoder(nn.Module):
 
     def forward(self, graph: GraphBatch) -> dict[str, Tensor]:
         """Embeddings [B, n, hidden[-1]] of the node types in `read`; those of padded nodes mean nothing."""
-        return self._encode(graph.x, graph.node_mask)
+        return self.of_nodes(graph.x, graph.node_mask)
 
     def of_tensors(self, layout: Layout) -> Encode:
         """`forward` for graphs of one layout as a function that torch.compile takes whole."""
@@ -52,11 +52,12 @@ class PooledEncoder(nn.Module):
 
         def function(x: Tensor, attr: Tensor, mask: Tensor, node_mask: Tensor) -> dict[str, Tensor]:
             features = {node: x[:, places[node], :count] for node, _, count in layout.types}
-            return self._encode(features, {node: node_mask[:, place] for node, place in places.items()})
+            return self.of_nodes(features, {node: node_mask[:, place] for node, place in places.items()})
 
         return function
 
-    def _encode(self, x: dict[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    def of_nodes(self, x: dict[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`forward` from the features [B, n, F] and masks [B, n] of each node type."""
         # In the order of the schema, in which the means are joined; that of x may be another.
         h = {node: layer(x[node]) for node, layer in self.inputs.items()}
         inner = {node: F.gelu(self.first[node](value)) for node, value in _joined(h, masks).items()}

@@ -153,3 +153,14 @@ def test_twins_are_not_measured(made):
     assert not found._spec.measured
     assert found(draw([7])).isfinite().all()
     assert tasks.load("segment") is found._spec.data
+
+
+def test_what_takes_long_is_announced_once(made, monkeypatch, caplog):
+    monkeypatch.setattr(twins, "_LONG_S", 0.0)
+    found, _, draw = made()
+    keys = seeding.fold(torch.arange(5), 4)
+    with caplog.at_level("INFO"):
+        found(draw(keys[:3]))
+        found(draw(keys[3:]))
+    (line,) = (record.message for record in caplog.records if "twins" in record.message)
+    assert line.startswith("training the twins of the first 3 hosts (about ")

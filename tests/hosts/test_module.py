@@ -339,17 +339,17 @@ def test_squares_of_optimisers_by_hand() -> None:
     plain = torch.optim.SGD([p], lr=0.1)
     one_step(plain, p)
     values = (3 - 0.1) ** 2 + (4 + 0.2) ** 2
-    torch.testing.assert_close(optimizers.squares(plain, [p]), torch.tensor([values, 5.0, 0.05, 5.0]))
+    torch.testing.assert_close(optimizers.squares(plain, [[p]])[0], torch.tensor([values, 5.0, 0.05, 5.0]))
     # The running mean of Adam and that of its squares, without bias, are the gradient; the step is lr each way.
     adam = torch.optim.Adam([p], lr=0.1)
     one_step(adam, p)
     values = (2.9 - 0.1) ** 2 + (4.2 + 0.1) ** 2
-    torch.testing.assert_close(optimizers.squares(adam, [p]), torch.tensor([values, 5.0, 0.02, 5.0]))
+    torch.testing.assert_close(optimizers.squares(adam, [[p]])[0], torch.tensor([values, 5.0, 0.02, 5.0]))
     # A buffer of 1 + 0.5 times the gradient, of which the share 1 - 0.5 is its mean: 0.75 of it.
     heavy = torch.optim.SGD([p], lr=0.1, momentum=0.5)
     for _ in range(2):
         one_step(heavy, p)
-    found = optimizers.squares(heavy, [p])
+    found = optimizers.squares(heavy, [[p]])[0]
     torch.testing.assert_close(found[1:], torch.tensor([5.0, 0.01 * 2.25 * 5, 0.5625 * 5]))
 
 

@@ -1,7 +1,11 @@
+import io
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from esper.runtime.telemetry import Telemetry
 
@@ -64,3 +68,64 @@ def test_lines_that_are_damaged_are_dropped(tmp_path, damage):
     (tmp_path / "metrics.jsonl").write_bytes(first + damage + b"\n" + third.rstrip())  # the last line's end is lost too
     Telemetry(tmp_path, resumed_at=30).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == first + third
+
+
+START, EXPERIMENT = "_hparams_/session_start_info", "_hparams_/experiment"
+LAYOUT = {
+    "Learning": {"return": ["rollout/ep_rew_mean$"], "critic": ["train/a$", "train/b$"]},
+    "Speed": {"fps": ["f$"]},
+}
+
+
+def test_the_layout_is_shown_once_however_often_the_run_was_resumed(tmp_path):
+    for number in range(3):
+        telemetry = Telemetry(tmp_path, resumed_at=10 * number if number else None, layout=LAYOUT)
+        telemetry.log(10 * number + 10, {"rollout/ep_rew_mean": float(number)})
+        telemetry.close()
+    assert points(tmp_path, "rollout/ep_rew_mean") == [(10, 0.0), (20, 1.0), (30, 2.0)]
+    accumulator = EventAccumulator(str(tmp_path / "tb"))
+    accumulator.Reload()
+    events = accumulator.Tensors("custom_scalars__config__")
+    assert [event.step for event in events] == [0, 10, 20]  # one for each file
+    merged = set()
+    for event in events:
+        layout = Layout.FromString(event.tensor_proto.string_val[0])
+        shown = {each.title: {c.title: list(c.multiline.tag) for c in each.chart} for each in layout.category}
+        assert shown == LAYOUT
+        merged.add(event.tensor_proto.string_val[0])
+    assert len(merged) == 1  # equal ones are one to TensorBoard
+
+
+def test_pictures_and_texts(tmp_path):
+    figure = Figure(figsize=(2, 1), dpi=50)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    telemetry = Telemetry(tmp_path)
+    telemetry.picture(7, "eval/x", file.getvalue())
+    telemetry.text(3, "run", "a **card**")
+    telemetry.close()
+    accumulator = EventAccumulator(str(tmp_path / "tb"))
+    accumulator.Reload()
+    (image,) = accumulator.Images("eval/x")
+    assert (image.step, image.width, image.height) == (7, 100, 50)
+    assert image.encoded_image_string == file.getvalue()
+    (text,) = accumulator.Tensors("run/text_summary")
+    assert (text.step, text.tensor_proto.string_val[0]) == (3, b"a **card**")
+
+
+def test_what_was_given_and_how_it_ended_goes_into_the_same_run(tmp_path):
+    telemetry = Telemetry(tmp_path)
+    telemetry.log(10, {"eval/tamiyo": 0.25})
+    telemetry.outcome(10, {"ppo.lr": 1e-3, "seed": 3, "policy.hidden": [8, 8], "init": None}, ["eval/tamiyo"])
+    telemetry.close()
+    assert not [path for path in (tmp_path / "tb").iterdir() if path.is_dir()]
+    accumulator = EventAccumulator(str(tmp_path / "tb"))
+    accumulator.Reload()
+    found = accumulator.SummaryMetadata(START).plugin_data.content
+    given = HParamsPluginData.FromString(found).session_start_info.hparams
+    assert given["ppo.lr"].number_value == 1e-3
+    assert given["seed"].number_value == 3
+    assert (given["policy.hidden"].string_value, given["init"].string_value) == ("[8, 8]", "None")
+    experiment = HParamsPluginData.FromString(accumulator.SummaryMetadata(EXPERIMENT).plugin_data.content).experiment
+    assert [metric.name.tag for metric in experiment.metric_infos] == ["eval/tamiyo"]
+    assert points(tmp_path, "eval/tamiyo") == [(10, 0.25)]

@@ -11,6 +11,8 @@ import pytest
 
 from trainers.preemption import SIGNALS, Preemption, Stop
 
+from .conftest import Command
+
 
 def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
@@ -92,7 +94,7 @@ def test_before_there_is_anything_to_save_a_signal_ends_the_process_with_its_own
         "    os.kill(os.getpid(), signal.SIGUSR1); print('still here', flush=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 75
+    assert done.returncode == 130
     assert done.stderr == "error: stopped by SIGUSR1 before there was anything to save; start it again\n"
     assert not done.stdout
 
@@ -134,7 +136,7 @@ def test_a_signal_at_any_moment_ends_a_run_within_ten_seconds_and_it_goes_on(
             took = time.monotonic() - sent
         finally:
             process.kill()
-    assert process.returncode == 75, err
+    assert process.returncode == (75 if marker else 130), err
     assert took < 10
     line = err.strip().splitlines()[-1]
     assert line.startswith(f"error: stopped by {number.name}")
@@ -149,3 +151,33 @@ def test_a_signal_at_any_moment_ends_a_run_within_ten_seconds_and_it_goes_on(
         out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert "resuming at step" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("marker", ["starting", "evaluating "], ids=["imports", "episodes"])
+@pytest.mark.parametrize("before", [False, True], ids=["first", "again"])
+def test_an_evaluation_that_is_stopped_says_what_is_left(
+    marker: str, before: bool, run_train: Command, run_evaluate: Command, tmp_path: Path
+) -> None:
+    run = run_train("ppo.total_steps=32").run_dir
+    if before:
+        assert run_evaluate(f"checkpoint={run}", "episodes=2", "baselines=none").code == 0
+    report = run / "eval" / "report.json"
+    kept = report.read_bytes() if before else None
+    command = [sys.executable, "-m", "trainers.evaluate", f"checkpoint={run}", "episodes=100000", "baselines=[random]"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        try:
+            assert process.stdout is not None
+            assert any(line.startswith(marker) for line in process.stdout)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    (line,) = err.strip().splitlines()
+    assert line.startswith("error: stopped by SIGINT")
+    if marker == "starting":
+        assert line.endswith("before there was anything to save; start it again")
+    else:
+        assert ("is the one of before" if before else "there is no report yet") in line
+    assert (report.read_bytes() if report.exists() else None) == kept
