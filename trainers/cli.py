@@ -38,7 +38,7 @@ def job(schema: type) -> Callable[[_Job], _Job]:
                 except OmegaConfBaseException as error:
                     raise ConfigError(explain(error, schema)) from error
             except EsperError as error:
-                if HydraConfig.get().mode == RunMode.MULTIRUN and isinstance(error, KeyError):
+                if HydraConfig.get().mode == RunMode.MULTIRUN and isinstance(error, TrainingError):
                     raise
                 sys.exit(_fail(str(error), error.exit_code))
 
