@@ -34,7 +34,7 @@ LIFECYCLE = LifecycleSpec(auto_blend=1)
 BLUEPRINTS = ("bypass", "low_rank", "widen", "mlp", "norm")
 """What Tamiyo is trained with, and `conv` where there are images."""
 
-_SHOWN = 3  # candidates in a report
+_SHOWN, _SHOWN_FROM = 3, 0.005  # candidates in a report, and the probability from which they are there
 _TRIVIAL = math.log(10)  # loss of a guess among ten classes, which most of Tamiyo's hosts have
 
 
@@ -310,7 +310,9 @@ class Growth:
         top = choice.probabilities.topk(min(_SHOWN, len(choice.probabilities)))
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         slots, kinds = self.report().slots, [blueprint.name for blueprint in host.catalogue]
-        return tuple((words(self._layout, slots, kinds, action), chance) for action, chance in pairs if chance > 0)
+        return tuple(
+            (words(self._layout, slots, kinds, action), chance) for action, chance in pairs if chance >= _SHOWN_FROM
+        )
 
     def _watch_seeds(self, host: ModuleHost) -> None:
         seeds = [graft.seed for graft in host.grafts if graft.seed is not None]
