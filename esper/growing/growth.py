@@ -119,7 +119,6 @@ class Growth:
         host.losses = losses if measured else None
         if self._sample is not None:
             if not measured:
-                assert self._sample is not None
                 in_eval(self.network, *self._sample)  # for the statistics of activations, which hooks see from now on
             self._sample = None
             host.measure(given)
@@ -190,6 +189,7 @@ class Growth:
             "samples": self._samples,
             "calls": {name: asdict(call) for name, call in self.host.anatomy.calls.items()},
             "slots": [asdict(place.slot) for place in self.host.anatomy.places],
+            "blueprints": [blueprint.name for blueprint in self.host.catalogue],
             "host": self.host.state_dict(),
             "chooser": self._chooser.state_dict(),
             "report": self.report().to_dict(),
@@ -205,6 +205,7 @@ class Growth:
         self._samples = state["samples"]
         if "host" not in state:
             return
+        self._catalogue = state["blueprints"]
         calls = {name: Call(**call) for name, call in state["calls"].items()}
         host = self._attach(calls, [Slot(**slot) for slot in state["slots"]], optimizer)
         host.load_state_dict(state["host"])

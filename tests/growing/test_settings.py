@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import multiprocessing
 from torch.nn import functional as F
 
 import esper
@@ -82,49 +83,18 @@ def test_autocast_and_a_scaled_loss(loop: Callable[..., Any], scripted: Any, dty
         torch.testing.assert_close(getattr(seen[1], name), getattr(seen[0], name), rtol=0.2, atol=1e-3)
 
 
-# ---- several processes -----------------------------------------------------------------------------------------------
-
-
-def train(rank: int, world: int, out: str, init: str, script: tuple[Any, ...]) -> None:
-    """One process of `world`, each on its own part of every batch."""
-    from tests_growing_conftest import Loop, Scripted, features  # type: ignore[import-not-found]
-
-    torch.set_num_threads(1)
-    own = Loop(features(), optimizer=torch.optim.SGD, lr=0.1)  # Adam would make steps of rounding
-    if world > 1:
-        torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=world)
-        own.model = torch.nn.parallel.DistributedDataParallel(own.model)
-    # The processes must not need to decide alike.
-    policy = Scripted(*script) if rank == 0 else "never"
-    growth = esper.grow(own.model, policy=policy, budget=BUDGET, epochs=7, lifecycle=QUICK)
-    for epoch in range(7):
-        order = torch.randperm(300, generator=torch.Generator().manual_seed(epoch))
-        for batch in order[:160].split(32):
-            own.optimizer.zero_grad()
-            part = batch.chunk(world)[rank]
-            F.cross_entropy(own.model(own.x[part]), own.y[part]).backward()
-            own.optimizer.step()
-        growth.step(own.validate, own.optimizer)
-    growth.finish()
-    network = own.model.module if world > 1 else own.model
-    torch.save({"state": network.state_dict(), "report": str(growth.report())}, f"{out}.{rank}")
-    if world > 1:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_train_one_grown_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_train_one_grown_network(tmp_path: Path) -> None:
     """The seeds' gradients are averaged like all others, and the first process decides."""
-    here = Path(__file__).parent
-    (tmp_path / "tests_growing_conftest.py").write_text((here / "conftest.py").read_text())
-    (tmp_path / "tests_growing_settings.py").write_text(Path(__file__).read_text())
-    monkeypatch.syspath_prepend(tmp_path)
-    from tests_growing_settings import train as told  # type: ignore[import-not-found]
-
-    told(0, 1, str(tmp_path / "world1"), "", LIFE)
-    multiprocessing.spawn(told, (2, str(tmp_path / "world2"), f"file://{tmp_path}/rendezvous", LIFE), nprocs=2)
-    alone, first, second = (torch.load(tmp_path / name) for name in ("world1.0", "world2.0", "world2.1"))
+    script, init = Path(__file__).parent / "replica.py", f"file://{tmp_path}/rendezvous"
+    runs = [(0, 1), (0, 2), (1, 2)]  # rank, world
+    processes = [
+        subprocess.Popen([sys.executable, script, str(rank), str(world), init, tmp_path / f"{rank} of {world}"])
+        for rank, world in runs
+    ]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    alone, first, second = (torch.load(tmp_path / f"{rank} of {world}") for rank, world in runs)
     assert any(name.startswith("3.seed.") for name in alone["state"])
     for name, value in alone["state"].items():
         assert torch.equal(first["state"][name], second["state"][name]), name
