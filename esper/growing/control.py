@@ -75,7 +75,7 @@ class Chooser:
         if self.controller is not None:
             self.controller.begin(1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, graph: GraphBatch) -> Choice:
         """For one graph.
 

@@ -14,7 +14,7 @@ Slots = str | Sequence[str | Slot] | Callable[[nn.Module], Sequence[str | Slot]]
 """AUTO, names of submodules (or whole Slots), or a function of the module that gives such."""
 
 AUTO = "auto"
-MOST = 24
+MOST = 16
 """Slots that `auto` takes at most: of more, as many at equal distances."""
 
 _FEW = 3  # blocks below which those inside them are taken

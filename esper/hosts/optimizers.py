@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+_ENTRIES, _LINE = 2048, 16  # whose squares stand for those of a large parameter: within a few percent
+
 
 def add(optimizer: Optimizer, parameters: Iterable[nn.Parameter], like: nn.Parameter) -> None:
     """Optimises `parameters` from now on, in the group of the parameter `like`, or else in the first, whose settings
@@ -43,48 +45,69 @@ def squares(optimizer: Optimizer, parts: Sequence[Sequence[nn.Parameter]]) -> Te
     updates and mean gradients.
 
     Gradients are those of the running means of Adam's family (Kingma and Ba, arXiv 1412.6980); of other optimisers, of
-    the last step. What is not trained has none.
+    the last step. What is not trained has none. Sums over large parameters are estimated from some of their entries.
     """
     parameters = [p for part in parts for p in part]
     if not parameters:
         return torch.zeros(len(parts), 4)
     place = {id(p): number for number, p in enumerate(parameters)}
     found = torch.zeros(len(parameters), 4, dtype=torch.float64)
-    found[:, 0] = _norms(parameters).square().double()
+    found[:, 0] = _sums([p.detach() for p in parameters])
     for group in optimizer.param_groups:
-        own = [p for p in group["params"] if id(p) in place]
-        with_means = [p for p in own if "exp_avg_sq" in optimizer.state.get(p, {})]
-        stepped = [p for p in own if "exp_avg_sq" not in optimizer.state.get(p, {}) and p.grad is not None]
+        own = [(p, optimizer.state.get(p, {})) for p in group["params"] if id(p) in place]
+        with_means = [(p, state) for p, state in own if "exp_avg_sq" in state]
+        stepped = [(p, state) for p, state in own if "exp_avg_sq" not in state and p.grad is not None]
         for rows, measured in ((with_means, _of_means), (stepped, _of_last_step)):
             if rows:
-                found[[place[id(p)] for p in rows], 1:] = measured(optimizer, group, rows).double()
-    ends = torch.tensor([len(part) for part in parts]).cumsum(0)
-    sums = torch.cat([torch.zeros(1, 4, dtype=torch.float64), found.cumsum(0)])
-    return sums[ends].sub(sums[ends - torch.tensor([len(part) for part in parts])]).float()
+                found[[place[id(p)] for p, _ in rows], 1:] = measured(group, rows)
+    counts = torch.tensor([len(part) for part in parts])
+    return torch.segment_reduce(found, "sum", lengths=counts, axis=0).float()
 
 
-def _of_means(optimizer: Optimizer, group: dict[str, Any], parameters: list[nn.Parameter]) -> Tensor:
+def _of_means(group: dict[str, Any], rows: list[tuple[nn.Parameter, dict[str, Any]]]) -> Tensor:
     beta1, beta2 = group["betas"]
-    states = [optimizer.state[p] for p in parameters]
-    means, seconds = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+    states = [state for _, state in rows]
     step = torch.tensor([float(s["step"]) for s in states], dtype=torch.float64)
     slow, fast = 1 - beta1**step, 1 - beta2**step
-    # One after the other, so that each finds the memory of the one before in the cache.
-    raw = [torch.linalg.vector_norm(m / v.sqrt().add_(group["eps"])) for m, v in zip(means, seconds, strict=True)]
-    steps = torch.stack(raw).cpu().float() * float(group["lr"]) * fast.sqrt() / slow
-    return torch.stack([_norms(seconds, 1) / fast, steps.square(), (_norms(means) / slow).square()], dim=1)
+    sizes, mean = _joined([s["exp_avg"] for s in states])
+    second = _joined([s["exp_avg_sq"] for s in states])[1]
+    update = (mean / second.sqrt().add_(group["eps"])).square_()
+    gradients, updates, means = (_reduced(sizes, x) for x in (second, update, mean.square()))
+    return torch.stack([gradients / fast, updates * float(group["lr"]) ** 2 * fast / slow**2, means / slow**2], dim=1)
 
 
-def _of_last_step(optimizer: Optimizer, group: dict[str, Any], parameters: list[nn.Parameter]) -> Tensor:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    buffers = [optimizer.state.get(p, {}).get("momentum_buffer") for p in parameters]
-    gradient = _norms(gradients)
-    step = _norms([g if b is None else b for g, b in zip(gradients, buffers, strict=True)])
+def _of_last_step(group: dict[str, Any], rows: list[tuple[nn.Parameter, dict[str, Any]]]) -> Tensor:
+    gradients = [p.grad for p, _ in rows if p.grad is not None]
+    buffers = [state.get("momentum_buffer") for _, state in rows]
+    gradient = _sums(gradients)
+    step = _sums([g if b is None else b for g, b in zip(gradients, buffers, strict=True)])
     decay = 1 - group.get("momentum", 0.0) * (1 - group.get("dampening", 0.0))
-    share = torch.tensor([1.0 if buffer is None else decay for buffer in buffers])
-    return torch.stack([gradient, float(group["lr"]) * step, share * step], dim=1).square()
+    share = torch.tensor([1.0 if buffer is None else decay for buffer in buffers], dtype=torch.float64)
+    return torch.stack([gradient, float(group["lr"]) ** 2 * step, share**2 * step], dim=1)
 
 
-def _norms(tensors: Sequence[Tensor], order: float = 2) -> Tensor:
-    """float32 on the CPU, of each tensor; in one call for all of them."""
-    return torch.stack(list(torch._foreach_norm(list(tensors), order))).cpu().float()
+def _sums(tensors: Sequence[Tensor]) -> Tensor:
+    """float64 on the CPU, of the squares of each."""
+    sizes, joined = _joined(tensors)
+    return _reduced(sizes, joined.square())
+
+
+def _joined(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """How many entries each has, and `_few` of all of them in a row, since many small operations take longer."""
+    few = [_few(x) for x in tensors]
+    return torch.tensor([[x.numel(), y.numel()] for x, y in zip(tensors, few, strict=True)]).T, torch.cat(few).float()
+
+
+def _reduced(sizes: Tensor, values: Tensor) -> Tensor:
+    """float64 on the CPU, sums over what `_joined` has joined."""
+    whole, few = sizes
+    return torch.segment_reduce(values, "sum", lengths=few.to(values.device)).cpu().double() * (whole / few)
+
+
+def _few(x: Tensor) -> Tensor:
+    """[n], some _ENTRIES of x if it has many more: runs of a cache line each, an odd number of them apart, so that all
+    rows and columns are met."""
+    x, count = x.reshape(-1), x.numel()
+    if count < 2 * _ENTRIES:
+        return x
+    return x[: count - count % _LINE].view(-1, _LINE)[:: count // _ENTRIES | 1].flatten()

@@ -353,6 +353,23 @@ def test_squares_of_optimisers_by_hand() -> None:
     torch.testing.assert_close(found[1:], torch.tensor([5.0, 0.01 * 2.25 * 5, 0.5625 * 5]))
 
 
+def test_squares_of_large_parameters_are_estimated() -> None:
+    """From entries of all rows and columns, also where these differ in size."""
+    torch.manual_seed(0)
+    size = 2.0 ** (torch.arange(128) % 4)
+    p = nn.Parameter(torch.randn(128, 128) * size * size[:, None])
+    adam = torch.optim.Adam([p], lr=0.1)
+    for _ in range(3):
+        adam.zero_grad()
+        (p * torch.randn(128, 128) * size).sum().backward()
+        adam.step()
+    state = adam.state[p]
+    mean, second = state["exp_avg"] / (1 - 0.9**3), state["exp_avg_sq"] / (1 - 0.999**3)
+    exact = [p.square(), second, (0.1 * mean / (second.sqrt() + 1e-8)).square(), mean.square()]
+    right = torch.tensor([float(value.detach().sum()) for value in exact])
+    torch.testing.assert_close(optimizers.squares(adam, [[p]])[0], right, rtol=0.15, atol=0)
+
+
 def test_parameters_come_and_go_and_the_others_keep_their_moments() -> None:
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([a], lr=0.1, weight_decay=0.3)

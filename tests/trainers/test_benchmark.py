@@ -174,6 +174,7 @@ def test_a_run_writes_every_timing(run, tmp_path):
             [{"reference", "sdpa"}] * 8 + [{"reference", "sdpa", "segment"}] * 8,
         ),
         ("dat", ["benchmark.compile=false"], [{"spandrel", "reference, eager", "sdpa, eager"}]),
+        ("grow", [], [{"by itself", "growing"}] * 2 + [{"tamiyo_small", "gradmax"}] * 2),
     ],
 )
 def test_suites_of_rows(run, tmp_path, suite, overrides, variants):

@@ -58,7 +58,7 @@ class _Loop:
 
 @suite("grow")
 def run(config: BenchmarkConfig) -> Report:
-    """Networks of 50 layers, with a slot behind every second one."""
+    """Networks of 50 layers, with as many slots as are found."""
     settings, device = config.benchmark, config.runtime.device
     steps: list[Row] = []
     decisions: list[Row] = []
