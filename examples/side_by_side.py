@@ -14,8 +14,9 @@ from torch import nn
 
 from esper.growing import Report
 
-Epoch = Callable[[nn.Module, torch.optim.Optimizer, int], None]
+Train = Callable[[nn.Module, torch.optim.Optimizer, int], None]
 Score = Callable[[nn.Module, str], tuple[float, float]]
+Networks = dict[str, nn.Module]
 
 
 def parameters(model: nn.Module) -> int:
@@ -49,7 +50,21 @@ def wide_as(make: Callable[[int], nn.Module], target: int) -> nn.Module:
     return make(min(sizes, key=lambda width: abs(sizes[width] - target)))
 
 
-def conclude(networks: dict[str, nn.Module], score: Score, report: Report, out: Path, name: str, metric: str) -> None:
+def others(make: Callable[..., nn.Module], size: int, train: Train, rate: float, given: argparse.Namespace) -> Networks:
+    """The same network never grown, and one of `size` parameters, both trained as the one that grew."""
+    found: Networks = {}
+    for label, width in (("the same, never grown", None), ("as large from the start", size)):
+        torch.manual_seed(given.seed)
+        model = make() if width is None else wide_as(make, width)
+        optimizer, started = torch.optim.Adam(model.parameters(), rate), time.monotonic()
+        for epoch in range(given.epochs):
+            train(model, optimizer, epoch)
+            progress(label, epoch, given.epochs, started)
+        found[label] = model
+    return found
+
+
+def conclude(networks: Networks, score: Score, report: Report, out: Path, name: str, metric: str) -> None:
     """Prints the report, the networks' scores on the test split, and where the picture is."""
     print(f"\n{report}\n")
     print(f"{'on the test split':32}  parameters    loss   {metric}")

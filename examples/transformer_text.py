@@ -11,7 +11,7 @@ import time
 from importlib import resources
 
 import torch
-from side_by_side import arguments, conclude, parameters, progress, wide_as
+from side_by_side import arguments, conclude, others, parameters, progress
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -75,13 +75,6 @@ def main() -> None:
         right = (logits.argmax(1) == y.flatten()).float().mean()
         return float(F.cross_entropy(logits, y.flatten())), 100 * float(right)
 
-    def alone(label: str, model: nn.Module) -> nn.Module:
-        optimizer, started = torch.optim.Adam(model.parameters(), RATE), time.monotonic()
-        for epoch in range(given.epochs):
-            train_one_epoch(model, optimizer, epoch)
-            progress(label, epoch, given.epochs, started)
-        return model
-
     torch.manual_seed(given.seed)
     model = Transformer()
     optimizer, started = torch.optim.Adam(model.parameters(), RATE), time.monotonic()
@@ -94,11 +87,7 @@ def main() -> None:
         progress("growing", epoch, given.epochs, started, decision.action)
     growth.finish()
 
-    torch.manual_seed(given.seed)
-    twin = alone("its twin", Transformer())
-    torch.manual_seed(given.seed)
-    large = alone("as large", wide_as(Transformer, parameters(model)))
-    networks = {"grown": model, "the same, never grown": twin, "as large from the start": large}
+    networks = {"grown": model, **others(Transformer, parameters(model), train_one_epoch, RATE, given)}
     conclude(networks, score, growth.report(), given.out, "transformer_text", "letters right (%)")
 
 
