@@ -36,7 +36,7 @@ def test_the_shipped_one_elsewhere(run_evaluate, tmp_path, monkeypatch, name):
     result = run_evaluate(f"checkpoint={given}", "baselines=[never]", "episodes=2", *ELSEWHERE)
     assert result.code == 0, result.err
     folder = Path("runs/pretrained/tamiyo_small/segment/eval")
-    assert set(content(Path())) == {folder / "report.json", folder / "report.md"}
+    assert set(content(Path())) == {folder / f"report.{kind}" for kind in ("json", "md", "html")}
     report = json.loads((folder / "report.json").read_text())
     assert report["environment"] == "segment"
     assert report["checkpoint"] == f"tamiyo_small {loading.card('tamiyo_small')['fingerprint']}"
