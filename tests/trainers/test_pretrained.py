@@ -40,7 +40,7 @@ def test_the_shipped_one_elsewhere(run_evaluate, tmp_path, monkeypatch, name):
     report = json.loads((folder / "report.json").read_text())
     assert report["environment"] == "segment"
     assert report["checkpoint"] == f"tamiyo_small {loading.card('tamiyo_small')['fingerprint']}"
-    assert f"report: {folder / 'report.md'}" in result.out
+    assert f"report: {folder / 'report.html'}" in result.out
     assert content(package) == before
 
 
