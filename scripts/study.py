@@ -1,18 +1,19 @@
 """The proof: trains Tamiyo on the mixture of growth environments, and compares it with every baseline on instances,
 hosts and data that it has never seen.
 
-    python scripts/study.py [STAGE ...] [--seeds 1 2 3 4 5] [--variants tamiyo ...] [--workers 2] (see --help)
+    python scripts/study.py [STAGE ...] [--seeds 1 2 3 4 5] [--variants short ...] [--workers 2] (see --help)
 
 Stages, in their order; without any, all of them:
 
     fit     supervised scorers, on what germinations gain on forks in random episodes
     tune    knobs of every baseline, and the look-ahead's margin, on training instances
-    train   the recipe (`experiment=study`) with every seed, and its variants
+    train   the recipe (`experiment=study`) with every seed
     play    every controller on the same held-out instances
+    ablate  trains and plays variants of the recipe, with the first three of the seeds
 
 Everything is kept under runs/study, so that a stopped study goes on where it was. Scores go to
-scripts/results/study/scores-*.json, with training.json and tuning.json; scripts/study_report.py makes docs/results.md
-of them. Points are percentages of test accuracy over the ungrown twin, less 10 per 100 % more parameters.
+scripts/results/study/scores-*.json and ablations-*.json, with training.json and tuning.json; scripts/study_report.py
+makes docs/results.md of them. Points are percentages of test accuracy over the ungrown twin, less 10 per 100 % more parameters.
 """
 
 from __future__ import annotations
@@ -43,14 +44,13 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results" / "study"
 RUNS = ROOT / "runs" / "study"
 SCORERS = RUNS / "scorers.pt"
-STAGES = ("fit", "tune", "train", "play")
+STAGES = ("fit", "tune", "train", "play", "ablate")
 
-_SHORT = ["ppo.total_steps=400_000"]
+_SHORT = ["warm_start.episodes=1792", "ppo.total_steps=200_000"]
 VARIANTS: dict[str, list[str]] = {
-    "tamiyo": [],
-    "supervised": ["ppo.total_steps=1", "ppo.lr=1e-9"],
     "short": _SHORT,
-    "from_scratch": [*_SHORT, "warm_start.episodes=0"],
+    "supervised": ["warm_start.episodes=1792", "ppo.total_steps=1", "ppo.lr=1e-9"],
+    "from_scratch": ["warm_start.episodes=0", "ppo.total_steps=200_000"],
     "foresight": [*_SHORT, "env.reward.foresight=true", "ppo.gae_lambda=0.9"],
     "pooled": [*_SHORT, "policy.encoder=pooled"],
     "no_edges": [*_SHORT, "policy.edge_attributes=false"],
@@ -60,8 +60,10 @@ VARIANTS: dict[str, list[str]] = {
     "no_twin": [*_SHORT, "env.reward.twin=false"],
     "by_loss": [*_SHORT, "env.reward.measure=loss"],
 }
-"""What is trained, as overrides of `experiment=study`: the recipe, and what differs from it, on fewer steps, which
-`short` is to be compared with."""
+"""What is ablated, as overrides of `experiment=study`: the recipe in short, and what differs from that in one thing."""
+
+RECIPE = "tamiyo"
+OVERRIDES = {RECIPE: [], **VARIANTS}
 
 RECORD = "study.json"  # of a run that has ended, in its directory
 KINDS = ["bypass", "norm", "widen", "mlp", "low_rank"]
@@ -99,7 +101,8 @@ PLAYED = {"digits/sequential": 2048, "digits/mixture": 2048, "digits/repair": 10
 PLAYED_ELSE = 512
 CEILING = 512  # instances of a ceiling
 CEILING_ELSE = 128  # on sets of the role "generalisation"
-COMPARED = ("digits/mixture", "digits/sequential")  # sets on which variants of the recipe are played, too
+COMPARED = ("digits/mixture", "digits/sequential")  # sets on which variants are played
+ABLATED = 512  # instances of each
 CHUNK = {"lookahead": 32, "oracle": 64}
 CHUNK_ELSE = 256
 
@@ -203,14 +206,16 @@ def train(variants: list[str], seeds: list[int], workers: int) -> None:
                 reporter.update(round(100 * sum(shares.values())), f"{job[0]}/{job[1]}, {stage}")
 
             list(threads.map(lambda job: _train(*job, shown), todo))
-    records = {name: json.loads((folder / RECORD).read_text()) for name, folder in _runs(VARIANTS).items()}
-    _save("training.json", {"runs": records})
+    records = {name: json.loads((folder / RECORD).read_text()) for name, folder in _runs(OVERRIDES).items()}
+    path = RESULTS / "training.json"
+    before = json.loads(path.read_text())["runs"] if path.exists() else {}
+    _save("training.json", {"runs": {**before, **records}})
 
 
 def _train(variant: str, seed: int, shown: Any) -> None:
     """One run in a process of its own, from where an earlier one was stopped; leaves RECORD in its directory."""
     folder = run_of(variant, seed)
-    command = ["-m", "trainers.train", "experiment=study", f"seed={seed}", *VARIANTS[variant], "evaluation.episodes=0"]
+    command = ["-m", "trainers.train", "experiment=study", f"seed={seed}", *OVERRIDES[variant], "evaluation.episodes=0"]
     given = [f"resume={folder}"] if folder.exists() and checkpoint.found(folder) else []
     start = time.perf_counter()
     before = _wall(folder)
@@ -255,25 +260,34 @@ def _thinned(curve: list[tuple[int, float]], points: int = 60) -> list[tuple[int
     return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
 
 
-def play_all(pool: Pool, variants: list[str], names: list[str]) -> None:
+def play_all(pool: Pool, names: list[str]) -> None:
     """Every controller on every set."""
     chosen = json.loads((RESULTS / "tuning.json").read_text())["chosen"]
-    policies = [(name, {}, str(folder)) for name, folder in _runs(variants).items()]
+    policies = [(name, {}, str(folder)) for name, folder in _runs([RECIPE]).items()]
     rules = [("never", {}, ""), ("random", {}, "")]
     rules += [(name, chosen[name], str(SCORERS) if name in ("linear", "neural") else "") for name in GRID]
     for of in names:
         role, label, _ = SETS[of]
         count = PLAYED.get(of, PLAYED_ELSE)
-        own = policies if of in COMPARED else [each for each in policies if each[0].startswith("tamiyo/")]
-        everyone = [*rules, *own]
-        if own:
-            everyone.append(("static", {}, own[0][2]))
+        everyone = [*rules, *policies]
+        if policies:
+            everyone.append(("static", {}, policies[0][2]))
         found = play(pool, of, "heldout", count, everyone, "play")
         ceilings = [("lookahead", chosen["lookahead"], ""), ("oracle", {}, "")]
         looked = min(count, CEILING if role == "training" else CEILING_ELSE)
         found += play(pool, of, "heldout", looked, ceilings, "ceilings")
         everyone += ceilings
         _save(f"scores-{of.replace('/', '-')}.json", _scores(of, role, label, everyone, found))
+
+
+def play_variants(pool: Pool) -> None:
+    """Every variant that has been trained."""
+    policies = [(name, {}, str(folder)) for name, folder in _runs(VARIANTS).items()]
+    for of in COMPARED:
+        role, label, _ = SETS[of]
+        everyone = [("never", {}, ""), *policies]
+        found = play(pool, of, "heldout", ABLATED, everyone, "ablations")
+        _save(f"ablations-{of.replace('/', '-')}.json", _scores(of, role, label, everyone, found))
 
 
 def _scores(of: str, role: str, label: str, everyone: list[Trial], found: Any) -> Any:
@@ -314,7 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"any of {', '.join(STAGES)} (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of training (default 1 to 5)")
-    parser.add_argument("--variants", nargs="+", default=["tamiyo"], choices=VARIANTS, help="to train and play")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="to ablate (all)")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, metavar="SET", help="to play (all)")
     parser.add_argument("--workers", type=int, default=2, help="processes, each of one thread (default 2)")
     arguments = parser.parse_args()
@@ -328,9 +342,12 @@ def main() -> None:
         if "tune" in stages:
             tune(pool)
         if "train" in stages:
-            train(arguments.variants, arguments.seeds, arguments.workers)
+            train([RECIPE], arguments.seeds, arguments.workers)
         if "play" in stages:
-            play_all(pool, arguments.variants, arguments.sets)
+            play_all(pool, arguments.sets)
+        if "ablate" in stages:
+            train(arguments.variants, arguments.seeds[:3], arguments.workers)
+            play_variants(pool)
 
 
 if __name__ == "__main__":

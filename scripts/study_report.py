@@ -1,6 +1,6 @@
 """Writes the tables and plots of docs/results.md from scripts/results/study/*.json, which scripts/study.py measured.
 
-    python scripts/study_report.py      # needs the extra `plots`
+    python scripts/study_report.py      # 
 
 study_statistics.py says how intervals are made, study_bars.py what Tamiyo was meant to reach; study_plots.py draws.
 """
@@ -15,6 +15,7 @@ import numpy as np
 from study_bars import bars
 from study_plots import CAPTIONS, plot_learning, plot_pareto, plot_points, plot_profile
 from study_statistics import (
+    TAMIYO,
     TAMIYO,
     Played,
     best,
@@ -33,6 +34,7 @@ from study_statistics import (
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results" / "study"
 PAGE = ROOT / "docs" / "results.md"
+REFERENCE = "short"  # what variants are compared with
 BEGIN, END = "<!-- tables: made by scripts/study_report.py -->", "<!-- end of tables -->"
 
 
@@ -107,22 +109,19 @@ def generalisation(found: list[Played]) -> list[str]:
     return table([*headings, "Tamiyo better", "normalised gain"], rows) if rows else []
 
 
-def variants(found: list[Played]) -> list[str]:
-    """Every variant against Tamiyo. Their runs are not pairs, their instances are."""
-    own = [one for one in found if one.training and one.context in ("mixture", "sequential") and TAMIYO in one.groups]
+def variants(ablated: list[Played]) -> list[str]:
+    """Every variant against the recipe in short. Their runs are not pairs, their instances are."""
+    own = [one for one in ablated if REFERENCE in one.groups]
     names = sorted({name for one in own for name, group in one.groups.items() if group.policy})
     rows = []
-    for name in sorted(names, key=lambda name: (name != TAMIYO, name)):
+    for name in sorted(names, key=lambda name: (name != REFERENCE, name)):
         row = [name, str(max(len(one.groups[name].points) for one in own if name in one.groups))]
         for one in own:
-            if name in one.groups:
-                gain = normalised_gain(one, name)
-                minus = "" if name == TAMIYO else difference(one, name, TAMIYO).text()
-                row += [points(one, name).text(), minus, gain.text(".2f") if gain else ""]
-            else:
-                row += ["", "", ""]
+            known = name in one.groups
+            minus = known and name != REFERENCE
+            row += [points(one, name).text() if known else "", difference(one, name, REFERENCE).text() if minus else ""]
         rows.append(row)
-    parts = [f"{one.name}: {what}" for one in own for what in ("points", "minus Tamiyo", "normalised gain")]
+    parts = [f"{one.name}: {what}" for one in own for what in ("points", f"minus {REFERENCE}")]
     return table(["variant", "runs", *parts], rows) if len(rows) > 1 else []
 
 
@@ -167,7 +166,13 @@ def section(heading: str, text: str, lines: list[str]) -> list[str]:
     return [f"### {heading}", "", *([text, ""] if text else []), *lines] if lines else []
 
 
-def report(found: list[Played], training: dict[str, Any], tuning: dict[str, Any], plots: list[str]) -> list[str]:
+def report(
+    found: list[Played],
+    ablated: list[Played],
+    training: dict[str, Any],
+    tuning: dict[str, Any],
+    plots: list[str],
+) -> list[str]:
     """All lines between the markers."""
     if not found:
         return ["", "No results are here yet.", ""]
@@ -176,7 +181,7 @@ def report(found: list[Played], training: dict[str, Any], tuning: dict[str, Any]
     lines += section("Probability of improvement over each baseline", "", improvement_table(found))
     text = "The best baseline is the one with the highest mean on that very set, chosen after the fact."
     lines += section("Generalisation", text, generalisation(found))
-    lines += section("Recipes and ablations", "", variants(found))
+    lines += section("Recipes and ablations", "", variants(ablated))
     lines += section("Training", "", costs(training))
     for name in plots:
         lines += [f"![{CAPTIONS[name]}]({name})", ""]
@@ -202,11 +207,14 @@ def main(results: Path = RESULTS, page: Path = PAGE) -> None:
         path = results / name
         return dict(json.loads(path.read_text())) if path.exists() else {}
 
-    found = in_order([read_set(json.loads(path.read_text())) for path in sorted(results.glob("scores-*.json"))])
+    def sets(kind: str) -> list[Played]:
+        return in_order([read_set(json.loads(path.read_text())) for path in sorted(results.glob(f"{kind}-*.json"))])
+
+    found, ablated = sets("scores"), sets("ablations")
     training, folder = read("training.json"), page.parent
     plots = plot_points(found, folder) + plot_profile(found, folder) + plot_pareto(found, folder)
     plots += plot_learning(training, folder) if found else []
-    page.write_text(between(page.read_text(), report(found, training, read("tuning.json"), plots)))
+    page.write_text(between(page.read_text(), report(found, ablated, training, read("tuning.json"), plots)))
     print(f"{page}: {len(found)} sets of instances, {len(plots)} plots")
 
 

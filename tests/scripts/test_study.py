@@ -50,9 +50,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Any:
         settings = {
             "RESULTS": folder / "results", "RUNS": folder / "runs", "SCORERS": folder / "runs" / "scorers.pt",
             "GRID": grid, "MARGINS": [0.0, 0.5], "ROUNDS": ((8, None), (12, 1)), "LOOKED": 4, "LABELS": 1,
-            "PLAYED": {}, "PLAYED_ELSE": 10, "CEILING": 6, "CEILING_ELSE": 4, "COMPARED": (OF,),
+            "PLAYED": {}, "PLAYED_ELSE": 10, "CEILING": 6, "CEILING_ELSE": 4, "COMPARED": (OF,), "ABLATED": 8,
             "CHUNK": {"lookahead": 4, "oracle": 4}, "CHUNK_ELSE": 6,
-            "VARIANTS": {"tamiyo": OVERRIDES, "other": [*OVERRIDES, "ppo.lr=1e-5"]},
+            "VARIANTS": {"other": OVERRIDES}, "OVERRIDES": {"tamiyo": OVERRIDES, "other": [*OVERRIDES, "ppo.lr=1e-5"]},
         }  # fmt: skip
         for name, value in settings.items():
             patch.setattr(study, name, value)
@@ -68,7 +68,8 @@ def done(study: Any) -> Any:
         study.fit(pool)
         study.tune(pool)
         study.train(["tamiyo", "other"], [1, 2], 1)
-        study.play_all(pool, ["tamiyo", "other"], list(study.SETS))
+        study.play_all(pool, list(study.SETS))
+        study.play_variants(pool)
     return study
 
 
@@ -102,7 +103,7 @@ def test_scores_are_those_of_the_controllers(done: Any) -> None:
     found = read(done, "scores-segment-mixture.json")
     rows = found["controllers"]
     names = {"never", "random", *done.GRID, "static", "lookahead", "oracle"}
-    assert set(rows) == names | {f"{v}/{s}" for v in ("tamiyo", "other") for s in (1, 2)}
+    assert set(rows) == {*names, "tamiyo/1", "tamiyo/2"}
     assert (found["role"], found["instances"], len(found["kind"]), len(found["label_noise"])) == (
         "training",
         10,
@@ -118,6 +119,16 @@ def test_scores_are_those_of_the_controllers(done: Any) -> None:
     assert rows["tamiyo/2"]["points"] == pytest.approx(whole["points"].round(2).tolist(), abs=0.006)
     assert rows["tamiyo/2"]["return"] == pytest.approx(100 * whole["return"].mean(), abs=1e-3)
     assert any(rows["tamiyo/2"]["points"])
+
+
+@pytest.mark.slow
+def test_variants_play_the_first_of_the_same_instances(done: Any) -> None:
+    whole, part = read(done, "scores-segment-mixture.json"), read(done, "ablations-segment-mixture.json")
+    assert set(part["controllers"]) == {"never", "other/1", "other/2"}
+    assert part["kind"] == whole["kind"][:8]
+    config = done.work.config_of(OF)
+    played = play(TamiyoController(done.work.load_policy(done.run_of("other", 2)), 0, True), config, 8, 0, "cpu")
+    assert part["controllers"]["other/2"]["points"] == pytest.approx(played["points"].round(2).tolist(), abs=0.006)
 
 
 @pytest.mark.slow
@@ -171,5 +182,6 @@ def test_nothing_is_computed_twice(done: Any, monkeypatch: pytest.MonkeyPatch) -
         done.fit(pool)
         done.tune(pool)
         done.train(["tamiyo", "other"], [1, 2], 1)
-        done.play_all(pool, ["tamiyo", "other"], [OF])
+        done.play_all(pool, [OF])
+        done.play_variants(pool)
     assert read(done, "scores-segment-mixture.json") == before

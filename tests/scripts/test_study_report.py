@@ -289,6 +289,16 @@ def test_generalisation_names_the_best_baseline_of_each_set(statistics: Any, rep
     assert rows[1][5].startswith("-1.5 ")
 
 
+def test_variants_are_compared_with_the_short_recipe(statistics: Any, report: Any) -> None:
+    points = {"short/1": [1.0, 3.0], "short/2": [2.0, 4.0], "pooled/1": [4.0, 5.0], "never": [0.0, 0.0]}
+    lines = report.variants([played(statistics, points)])
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert [row[:2] for row in rows[2:]] == [["short", "2"], ["pooled", "1"]]
+    assert rows[2][3] == ""
+    assert rows[3][3].startswith("+2.0")  # 4.5 against 2.5
+    assert report.variants([played(statistics, {"pooled/1": [4.0, 5.0]})]) == []
+
+
 def test_rounds_of_tuning(report: Any) -> None:
     assert report.tuned({"rounds": [[256, None], [1024, 6]]}).endswith("knobs: 256 for all, 1,024 for the best 6.")
     assert report.tuned({}) == ""
