@@ -13,7 +13,8 @@ Stages, in their order; without any, all of them:
 
 Everything is kept under runs/study, so that a stopped study goes on where it was. Scores go to
 scripts/results/study/scores-*.json and ablations-*.json, with training.json and tuning.json; scripts/study_report.py
-makes docs/results.md of them. Points are percentages of test accuracy over the ungrown twin, less 10 per 100 % more parameters.
+makes docs/results.md of them. Points are percentages of test accuracy over the ungrown twin, less 10 per 100 % more
+parameters.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writes the tables and plots of docs/results.md from scripts/results/study/*.json, which scripts/study.py measured.
 
-    python scripts/study_report.py      # 
+    python scripts/study_report.py
 
 study_statistics.py says how intervals are made, study_bars.py what Tamiyo was meant to reach; study_plots.py draws.
 """
@@ -15,7 +15,6 @@ import numpy as np
 from study_bars import bars
 from study_plots import CAPTIONS, plot_learning, plot_pareto, plot_points, plot_profile
 from study_statistics import (
-    TAMIYO,
     TAMIYO,
     Played,
     best,
