@@ -10,6 +10,7 @@ import logging
 import time
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -285,6 +286,10 @@ class AdaptedEnv:
 
     def load_learned(self, learned: dict[str, Any]) -> None:
         """Takes over what `learned` returned here or elsewhere."""
+
+    def share_learned(self, learned: Sequence[dict[str, Any]]) -> None:
+        """Takes over what `learned` returned in each of several processes, this one among them, that had all learned
+        the same when this was last called, or `load_learned`."""
 
     def state_dict(self) -> dict[str, Any]:
         """Which episodes they are in, by which actions they came to where they are, and what has been learned."""

@@ -5,7 +5,7 @@ The growth environments' own Gymnasium faces are in `envs.gym_env`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,10 @@ class GymEnv(AdaptedEnv):
         if self._normalizer:
             self._normalizer.load_state_dict(learned)
 
+    def share_learned(self, learned: Sequence[dict[str, Any]]) -> None:
+        if self._normalizer:
+            self._normalizer.merge(learned)
+
 
 class Normalizer:
     """Running mean and standard deviation of observations (Welford, 1962).
@@ -105,6 +109,7 @@ class Normalizer:
 
     def __init__(self, width: int):
         self._count, self._mean, self._squares = 0, np.zeros(width), np.zeros(width)
+        self._common = self.state_dict()  # what others know, too
 
     def learn(self, x: np.ndarray) -> None:
         """Takes in one observation [width]."""
@@ -127,6 +132,22 @@ class Normalizer:
         """Restores what `state_dict` returned."""
         self._count = state["count"]
         self._mean, self._squares = state["mean"].numpy().copy(), state["squares"].numpy().copy()
+        self._common = self.state_dict()
+
+    def merge(self, states: Sequence[dict[str, Any]]) -> None:
+        """Takes in what others, and this one, have seen since this was last called, or `load_state_dict`."""
+        sums = [_sums(state) for state in states]
+        before = _sums(self._common)
+        count, total, squared = (sum(s[i] for s in sums) - (len(sums) - 1) * before[i] for i in range(3))
+        mean = total / max(count, 1)
+        squares = np.maximum(squared - mean * total, 0)
+        self.load_state_dict({"count": int(count), "mean": torch.tensor(mean), "squares": torch.tensor(squares)})
+
+
+def _sums(state: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """How many, their sum [width] and that of their squares [width]."""
+    count, mean = state["count"], state["mean"].numpy()
+    return count, count * mean, state["squares"].numpy() + count * mean**2
 
 
 def _check(space: spaces.Space, value: Any, name: str) -> None:

@@ -1,6 +1,10 @@
 """What all tests share."""
 
-from collections.abc import Callable
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -38,3 +42,21 @@ class FailingGuard(CompileGuard):
 def failing_guard() -> Callable[[str, int], FailingGuard]:
     """`failing_guard(name, at)`: a guard whose compiled forms raise from call number `at` on."""
     return FailingGuard
+
+
+@pytest.fixture(scope="session")
+def start_together() -> Callable[..., list[subprocess.Popen[str]]]:
+    """`start_together(arguments, size)`: `python ARGUMENT ...` as each of `size` processes that find each other."""
+
+    def start(arguments: Sequence[Any], size: int, **given: Any) -> list[subprocess.Popen[str]]:
+        with socket.socket() as probe:  # a port that nothing listens at
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *map(str, arguments)]
+        return [
+            subprocess.Popen(command, text=True, env={**os.environ, **world, "RANK": str(rank)}, **given)
+            for rank in range(size)
+        ]
+
+    return start

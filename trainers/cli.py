@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from esper.runtime.errors import ConfigError, EsperError, TrainingError
+from esper.runtime import launch
+from esper.runtime.errors import ConfigError, EsperError, Preempted, TrainingError
 
 _Job = Callable[[DictConfig], Any]
 
@@ -75,13 +76,15 @@ def run(entry: Callable[[], None], schema: type) -> int:
 
 
 def console() -> Console:
-    """Where results are printed: as wide as the terminal, and wide enough for the tables where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 110)
+    """Where results are printed: as wide as the terminal, and wide enough for the tables where there is none. Of
+    several processes the first one alone prints."""
+    return Console(width=None if sys.stdout.isatty() else 110, quiet=launch.rank() > 0)
 
 
 def _fail(message: str, code: int) -> int:
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr)
+    if launch.rank() == 0 or code != Preempted.exit_code:  # to which all processes come, and have one thing to say
+        print(f"error: {message}", file=sys.stderr)
     return code
 
 

@@ -14,13 +14,17 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from envs.config import BaseEnvConfig, EnvConfig, GrowthConfig
 from envs.making import CONFIGS
 from esper.attention import selection
-from esper.runtime import precision
+from esper.runtime import launch, precision
 from esper.runtime.compiled import CompileGuard
+from esper.runtime.distributed import launched
 from esper.runtime.errors import ConfigError, check_positive
 from esper.simic.config import PPOConfig
 from esper.tamiyo import baselines
 from esper.tamiyo.baselines import BaselinesConfig
 from esper.tamiyo.policy import PolicyConfig
+
+LAUNCH_FILE = "launch"
+"""In a run directory: `launch.identity()` of the launch that began it."""
 
 
 @dataclass
@@ -34,6 +38,7 @@ class RuntimeConfig:
     cuda_graphs: bool = False  # capture them
     actor_device: str | None = None  # where the actor runs; None: on `device`
     attention: str = selection.AUTO  # backend of attention: one of attention.BACKENDS or its aliases
+    patience_s: float = 600.0  # that the processes of a run wait for each other
 
     def validate(self) -> None:
         """Checks the values.
@@ -41,7 +46,7 @@ class RuntimeConfig:
         Raises:
             ConfigError: names the key, the value and the remedy.
         """
-        check_positive("runtime", {"threads": self.threads})
+        check_positive("runtime", {"threads": self.threads, "patience_s": self.patience_s})
         precision.check(self.precision)
         selection.checked(self.attention, "config")
         for name in ("device", "actor_device"):
@@ -245,6 +250,10 @@ class BenchmarkConfig:
     suite: str = "env"
     seed: int = 0
     out: str = MISSING  # the file to write
+    compare: str | None = None  # an earlier report, whose suite and settings are measured again and compared with it
+    against: str | None = None  # a second report to compare with it, instead of measuring
+    tolerance: float = 0.1  # relative change of a ratio, beyond which it is called better or worse
+    strict: bool = False  # exit code 3 where a ratio is worse
     benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
@@ -256,6 +265,12 @@ class BenchmarkConfig:
         """
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: must not be negative")
+        if not 0 < self.tolerance < 1:
+            raise ConfigError(f"tolerance={self.tolerance}: must lie between 0 and 1")
+        if self.compare is None and self.against is not None:
+            raise ConfigError(f"against={self.against}: needs compare=REPORT.json, the report that comes first")
+        if self.compare is None and self.strict:
+            raise ConfigError("strict=true: needs compare=REPORT.json")
         self.runtime.validate()
         s = self.benchmark
         check_positive(
@@ -310,14 +325,35 @@ def register() -> None:
 
 
 def _run_dir(resume: str | None, output_dir: str, name: str, now: str) -> str:
-    """The run directory: that of the resumed run, or a new one under `output_dir`."""
-    if resume:
-        return str(existing_run(resume))
-    path, number = Path(output_dir) / name / now, 1
-    while path.exists():
-        number += 1
-        path = path.with_name(f"{now}_{number}")
-    return str(path)
+    """The run directory, which the first of several processes chooses: that of the resumed run, that of the launch if
+    it has been restarted, or a new one under `output_dir`."""
+
+    def chosen() -> str:
+        if resume:
+            return str(existing_run(resume))
+        folder, number = Path(output_dir) / name, 1
+        if launch.restarts() and (begun := _launched_run(folder)):
+            return str(begun)
+        path = folder / now
+        while path.exists():
+            number += 1
+            path = path.with_name(f"{now}_{number}")
+        return str(path)
+
+    return launched().told("run_dir", chosen)
+
+
+def _launched_run(folder: Path) -> Path | None:
+    """The newest run that this launch has begun."""
+    found = [path for path in folder.glob(f"*/{LAUNCH_FILE}") if path.read_text() == launch.identity()]
+    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+
+
+def _output_subdir(resume: str | None) -> str | None:
+    """Where Hydra keeps what it was given, which is alike in all processes."""
+    if launch.rank():
+        return None
+    return ".hydra_resume" if resume else ".hydra"
 
 
 def _study(output_dir: str, name: str) -> str:
@@ -330,9 +366,7 @@ def _study(output_dir: str, name: str) -> str:
 # Here, since the processes in which a sweep's launcher runs jobs import this module but do not call `register`.
 OmegaConf.register_new_resolver("esper.run_dir", _run_dir, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("esper.study", _study, replace=True)
-OmegaConf.register_new_resolver(
-    "esper.output_subdir", lambda resume: ".hydra_resume" if resume else ".hydra", replace=True
-)
+OmegaConf.register_new_resolver("esper.output_subdir", _output_subdir, replace=True)
 
 
 def existing_run(given: str) -> Path:

@@ -44,7 +44,7 @@ def _main(given: DictConfig) -> None:
         )
     settings.runtime.set_up()
     policy = policy_of(state, settings.runtime.device, f"checkpoint={settings.checkpoint}")
-    learned = {} if growth else state["env"]["learned"]
+    learned = {} if growth else state["processes"][0]["env"]["learned"]
     label, folder = _place(path, state, env.name)
     try:
         with Preemption("stopping") as preemption:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from envs.making import make_envs
 from esper import attention
 from esper.graph.interface import GROWTH
 from esper.runtime import checkpoint, seeding
+from esper.runtime.distributed import ALONE, World
 from esper.runtime.errors import ConfigError, EsperError, Preempted, TrainingError
 from esper.runtime.telemetry import Telemetry
 from esper.simic.learner import Simic
@@ -32,6 +33,9 @@ from trainers import board, judging, warm_start
 from trainers.config import TrainConfig
 from trainers.preemption import Preemption, Stop
 from trainers.progress import Reporter
+from trainers.saving import FilesError, Saver, files_guarded
+
+log = logging.getLogger(__name__)
 
 _WINDOW = 100  # episodes over which rollout/ and growth/ are averaged, as in Stable-Baselines3
 _EPISODE_SCALARS = {
@@ -45,8 +49,8 @@ _EPISODE_SCALARS = {
 }
 
 
-class _FilesError(TrainingError):
-    """Files could not be written, so nothing can be saved either."""
+class _CommonError(TrainingError):
+    """All processes have come to it at the same place."""
 
 
 class Trainer:
@@ -57,6 +61,8 @@ class Trainer:
         run_dir: the run directory.
         state: a checkpoint to go on from.
         overrides: what the command line said, for the run's card.
+        world: the processes that train together, each in a Trainer with its share of the environments. The first one
+            logs, saves and shows progress.
     """
 
     def __init__(
@@ -65,34 +71,44 @@ class Trainer:
         run_dir: Path,
         state: dict[str, Any] | None = None,
         overrides: Sequence[str] = (),
+        world: World = ALONE,
     ):
-        self.config, self.run_dir, self.overrides = config, run_dir, overrides
-        device = config.runtime.device
+        self.config, self.run_dir, self.overrides, self.world = config, run_dir, overrides, world
+        self.device = device = world.device(config.runtime.device)
         config.runtime.set_up()
         seeding.seed_everything(config.seed)
-        self.env = make_envs(config.env, config.env.num_envs, device=device)
+        self._share = world.share(config.env.num_envs)
+        # Where there is nothing to be done, the one environment tells what graphs are like.
+        self.env = make_envs(config.env, max(len(self._share), 1), device=device)
         self.policy = make_policy(config.policy, self.env.interface).to(device)
         if config.init is not None and state is None:
             self._start_from(config.init)
-        runtime, acting = config.runtime, config.runtime.actor_device or device
+        runtime, acting = config.runtime, world.device(config.runtime.actor_device or device)
+        seed = world.seed(config.seed)
         self.learner = Simic(
-            self.policy, config.ppo, config.seed, runtime.precision, runtime.guard("update step", device)
+            self.policy, config.ppo, seed, runtime.precision, runtime.guard("update step", device), world
         )
-        self.actor = Actor(self.policy, config.seed, guard=runtime.guard("actor", acting), device=acting)
-        self.rollout = Rollout(config.ppo.num_steps, config.env.num_envs, device)
+        self.actor = Actor(self.policy, seed, guard=runtime.guard("actor", acting), device=acting)
+        self.rollout = Rollout(config.ppo.num_steps, len(self._share), device, world)
         self.step, self.iteration = 0, 0
         self.warm = not config.warm_start.episodes  # there is nothing to be done before PPO
         self.window: deque[dict[str, float]] = deque(maxlen=_WINDOW)
+        if not world.first:  # the policy is the same in all processes, what is drawn from now on is not
+            seeding.seed_everything(seed)
         if state is None:
-            # Runs with neighbouring seeds must not share instances, as plain seed + k would make them.
-            seeds = seeding.fold(torch.tensor(config.seed), torch.arange(config.env.num_envs))
-            self.graph = self.env.reset(seeds)
+            self._begin()
         else:
             self._restore(state)
         self._boundary: dict[str, Any] = {}
-        self._saved, self._saved_at = self.step if state else -1, time.monotonic()
+        self._saver = Saver(run_dir, config.checkpoint, world, self.step if state else -1)
         self._saving_s = 0.0  # what the last snapshot and its file took
-        self._best = self._best_score()
+
+    def _begin(self, *salts: int) -> None:
+        """First episodes; other ones for each of `salts`."""
+        # Runs with neighbouring seeds must not share instances, as plain seed + k would make them.
+        numbers = torch.arange(self.config.env.num_envs)[self._share.start : self._share.stop]
+        seeds = seeding.fold(torch.tensor(self.config.seed), numbers if len(numbers) else torch.zeros(1).long())
+        self.graph = self.env.reset(seeding.fold(seeds, *salts))
 
     def _start_from(self, given: str) -> None:
         """Takes over the parameters of the policy that the user named as `init`.
@@ -123,76 +139,89 @@ class Trainer:
             TrainingError: numbers are not finite, an environment failed, or files could not be written.
             Preempted: a signal came.
         """
+        telemetry = self._telemetry() if self.world.first else None
+        self.keep()
+        try:
+            if not self.warm:
+                self._warm_start(preemption)
+            # Among several processes a signal waits for a place at which all of them stop.
+            with nullcontext() if self.world.alone else preemption.held():
+                self._train(telemetry, preemption)
+            if telemetry and not self.config.evaluation.episodes:  # otherwise the run ends with it
+                self._conclude(telemetry, {})
+        except Stop as stop:
+            raise Preempted(f"stopped by {stop.name}; {self._kept()}") from stop
+        except FilesError:
+            raise
+        except EsperError as error:
+            with preemption.held():
+                kept = self._kept() if self._together(error) else self._saver.go_on()
+            raise TrainingError(f"{error}; {kept}") from error
+        except Exception as error:
+            with preemption.held():
+                if self._together(error):
+                    self._kept()
+            raise
+        finally:
+            if telemetry:
+                with self._files_guarded("close the logs"):
+                    telemetry.close()
+
+    def _telemetry(self) -> Telemetry:
         resumed_at = self.step if self.iteration else None
         with self._files_guarded("open the logs"):
             telemetry = Telemetry(self.run_dir, resumed_at, board.LAYOUT)
             size = sum(parameter.numel() for parameter in self.policy.parameters())
             telemetry.text(self.step, "run", board.card(self.config, self.run_dir, self.step, self.overrides, size))
-        self.keep()
-        try:
-            if not self.warm:
-                self._warm_start(preemption)
-            self._train(telemetry, preemption)
-            if not self.config.evaluation.episodes:  # otherwise the run ends with it
-                self._conclude(telemetry, {})
-        except Stop as stop:
-            raise Preempted(f"stopped by {stop.name}; {self._kept()}") from stop
-        except _FilesError:
-            raise
-        except EsperError as error:
-            with preemption.held():
-                kept = self._kept()
-            raise TrainingError(f"{error}; {kept}") from error
-        except Exception:
-            with preemption.held():
-                self._kept()
-            raise
-        finally:
-            with self._files_guarded("close the logs"):
-                telemetry.close()
+        return telemetry
+
+    def _together(self, error: Exception) -> bool:
+        """Whether every process has come to the error, so that all of them can save."""
+        return self.world.alone or isinstance(error, _CommonError)
 
     def _warm_start(self, preemption: Preemption) -> None:
+        config = self.config
         assert isinstance(self.policy, Tamiyo)
-        assert isinstance(self.config.env, EnvConfig)
+        assert isinstance(config.env, EnvConfig)
+        if not self.world.alone and self._saver.saved != self.step:
+            self.save()  # a process that is stopped by itself cannot save
         with self._files_guarded("warm start"):
-            warm_start.run(self.policy, self.config.env, self.config.warm_start, self.config.seed, self.run_dir)
+            warm_start.run(self.policy, config.env, config.warm_start, config.seed, self.run_dir, self.world)
         self.warm = True
         with preemption.held():
             self.keep()
             self.save()
 
-    def _train(self, telemetry: Telemetry, preemption: Preemption) -> None:
+    def _train(self, telemetry: Telemetry | None, preemption: Preemption) -> None:
         total = self.config.ppo.total_steps
         self.actor.warm_up(self.graph)
         with Reporter("training", total, "steps", self.step) as reporter:
             while self.step < total:
                 scalars = self.iterate()
                 with preemption.held():  # files are not to be cut short
-                    with self._files_guarded("write the logs"):
-                        telemetry.log(self.step, scalars)
-                        latencies = "tamiyo.gnn.inference.latency_ms.histogram"
-                        telemetry.histogram(self.step, latencies, self.actor.latencies_ms)
+                    if telemetry:
+                        self._log(telemetry, scalars)
                     start = time.perf_counter()
                     self.keep()
-                    if self._due():
+                    if self.step >= total or self._saver.due(self.iteration):
                         self.save()
                     self._saving_s = time.perf_counter() - start
                     reporter.update(self.step, f"return {self._mean_return():+.3f}" if self.window else "")
                 if self.learner.failed:  # which has left no mark on the parameters
-                    raise TrainingError(self.learner.failed)
+                    raise _CommonError(self.learner.failed)
+
+    def _log(self, telemetry: Telemetry, scalars: dict[str, float]) -> None:
+        with self._files_guarded("write the logs"):
+            telemetry.log(self.step, scalars)
+            latencies = "tamiyo.gnn.inference.latency_ms.histogram"
+            telemetry.histogram(self.step, latencies, self.actor.latencies_ms)
 
     def _kept(self) -> str:
         """Saves the state after the last iteration if that has not been done; says so, and how to go on."""
         step = self._boundary["step"]
-        if self._saved != step:
+        if self._saver.saved != step:
             self.save()
         return f"the state after {step:,} steps is saved, go on with: python -m trainers.train resume={self.run_dir}"
-
-    def _due(self) -> bool:
-        """Whether it is time for a checkpoint."""
-        every = self.config.checkpoint
-        waited = time.monotonic() - self._saved_at >= every.every_seconds
-        return self.step >= self.config.ppo.total_steps or self.iteration % every.every == 0 or waited
 
     def iterate(self) -> dict[str, float]:
         """One collect and one update; returns everything that is logged of them."""
@@ -200,6 +229,7 @@ class Trainer:
         start = time.perf_counter()
         self.env.graph_build_s.clear()
         self.actor.latencies_ms.clear()
+        exchanging = self.world.seconds
         self._collect()
         collected = time.perf_counter()
         metrics = self.learner.update(self.rollout, self.step / ppo.total_steps)
@@ -229,22 +259,32 @@ class Trainer:
             "tamiyo.gnn.compile_warm_ms": self.actor.guard.warm_ms,
             "tamiyo.gnn.inference.latency_ms": _mean(self.actor.latencies_ms),
             **attention.scalars(),
+            **({} if self.world.alone else {"perf/communication_s": self.world.seconds - exchanging}),
         }
 
     def _collect(self) -> None:
-        """Fills the rollout with T steps of every environment, and computes advantages."""
-        rollout, ppo = self.rollout, self.config.ppo
+        """Fills the rollout with T steps of every environment of this process, and computes advantages."""
+        rollout = self.rollout
         rollout.clear()
         self.actor.sync()
-        for _ in range(ppo.num_steps):
+        ended: list[dict[str, torch.Tensor]] = []
+        for _ in range(self.config.ppo.num_steps if self._share else 0):
+            if self.world.asked() is not None:
+                break  # what follows is not going to be used
             decision = self.actor(self.graph)
             graph, reward, terminated, truncated, info = self.env.step(decision.actions.clone())
             final_values = self.actor.value(info["final_graph"]) if truncated.any() else None
             rollout.add(self.graph, *decision, reward, terminated, truncated, final_values)
             self.graph = graph
             if info:
-                self._note(info["episodes"])
-        self.learner.finish(rollout, self.actor.value(self.graph))
+                ended.append(info["episodes"])
+        self.world.check()
+        for episodes in self.world.everyone(ended):
+            for each in episodes:
+                self._note(each)
+        if isinstance(self.env, AdaptedEnv) and not self.world.alone:
+            self.env.share_learned(self.world.everyone(self.env.learned()))
+        self.learner.finish(rollout, self.actor.value(self.graph)[: len(self._share)])
 
     def _note(self, episodes: dict[str, torch.Tensor]) -> None:
         columns = {key: episodes[key].tolist() for key in _EPISODE_SCALARS.values() if key in episodes}
@@ -261,9 +301,7 @@ class Trainer:
         newest = str(checkpoint.found(self.run_dir)[0])
         config = self.config
         learned = self.env.learned() if isinstance(self.env, AdaptedEnv) else {}
-        report, drawn = judging.evaluate(
-            self.policy, config.env, config.evaluation, config.runtime.device, newest, learned
-        )
+        report, drawn = judging.evaluate(self.policy, config.env, config.evaluation, self.device, newest, learned)
         with self._files_guarded("write the evaluation"):
             telemetry = Telemetry(self.run_dir, self.step, board.LAYOUT)
             telemetry.log(self.step, judging.scalars(report))
@@ -282,46 +320,18 @@ class Trainer:
     def _mean_return(self) -> float:
         return _mean([episode["return"] for episode in self.window])
 
-    # ---- files ----------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _files_guarded(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except BrokenPipeError:  # of the output, not of a file
-            raise
-        except OSError as error:
-            kept = checkpoint.found(self.run_dir)
-            go_on = f"go on with: python -m trainers.train resume={self.run_dir}" if kept else "start again"
-            where = error.filename or self.run_dir
-            raise _FilesError(
-                f"could not {what} at step {self.step:,}: {where}: {error.strerror or error}; "
-                f"{len(kept)} earlier checkpoint(s) are untouched; make room or choose another output_dir, then {go_on}"
-            ) from error
+    def _files_guarded(self, what: str) -> AbstractContextManager[None]:
+        return files_guarded(what, self.run_dir, self.step)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes the checkpoint of the last iteration boundary.
+        """Writes the checkpoint of the last iteration boundary, which all processes do together.
 
         Raises:
             TrainingError: it could not be written; earlier ones are untouched.
         """
-        step = self._boundary["step"]
-        with self._files_guarded("save a checkpoint"):
-            path = checkpoint.save(self.run_dir, step, self._boundary, self.config.checkpoint.keep)
-            if (score := _score(self._boundary)) > self._best:
-                checkpoint.keep_as_best(path)
-                self._best = score
-        self._saved, self._saved_at = step, time.monotonic()
-
-    def _best_score(self) -> float:
-        """Of the best checkpoint of the run so far."""
-        path = self.run_dir / checkpoint.FOLDER / checkpoint.BEST
-        try:
-            return _score(checkpoint.read(path))
-        except (checkpoint.CheckpointError, OSError):
-            return -math.inf  # there is none, or it is damaged: the next one takes its place
+        self._saver.save(self._boundary)
 
     def keep(self) -> None:
         """Makes this the iteration boundary that `save` writes, so that a stop in the middle of the next iteration
@@ -333,6 +343,13 @@ class Trainer:
         return tree_map_only(torch.Tensor, torch.clone, self._state())
 
     def _state(self) -> dict[str, Any]:
+        learner = self.learner.state_dict()
+        own = {
+            "learner_generator": learner.pop("generator"),
+            "actor_generator": self.actor.generator.get_state(),
+            "env": self.env.state_dict(),
+            "rng": checkpoint.rng_state(),
+        }
         return {
             "schema_hash": self.env.interface.schema.hash,
             # Growth environments' is this version's own.
@@ -342,10 +359,8 @@ class Trainer:
             "iteration": self.iteration,
             "warm": self.warm,
             "window": list(self.window),
-            "learner": self.learner.state_dict(),
-            "actor_generator": self.actor.generator.get_state(),
-            "env": self.env.state_dict(),
-            "rng": checkpoint.rng_state(),
+            "learner": learner,
+            "processes": [own],
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -358,15 +373,33 @@ class Trainer:
         check_parameters(self.policy, state, f"resume={self.run_dir}")
         self.step, self.iteration, self.warm = state["step"], state["iteration"], state["warm"]
         self.window.extend(state["window"])
-        self.learner.load_state_dict(state["learner"])
-        self.actor.generator.set_state(state["actor_generator"])
-        self.graph = self.env.load_state_dict(state["env"])
-        checkpoint.set_rng_state(state["rng"])
+        self.learner.load_state_dict({**state["learner"], "generator": self.learner.generator.get_state()})
+        if len(state["processes"]) == self.world.size:
+            self._restore_own(state["processes"][self.world.rank])
+        else:
+            self._deal_anew(state["processes"])
 
+    def _restore_own(self, own: dict[str, Any]) -> None:
+        """What this process alone has drawn and got to."""
+        self.learner.generator.set_state(own["learner_generator"])
+        self.actor.generator.set_state(own["actor_generator"])
+        self.graph = self.env.load_state_dict(own["env"])
+        checkpoint.set_rng_state(own["rng"])
 
-def _score(state: dict[str, Any]) -> float:
-    """By which the best checkpoint is told: the mean return of its latest episodes."""
-    return _mean([episode["return"] for episode in state["window"]]) if state["window"] else -math.inf
+    def _deal_anew(self, processes: list[dict[str, Any]]) -> None:
+        """Goes on with another number of processes than before: with other episodes."""
+        if self.world.first:
+            log.warning(
+                "%s was saved by %d process(es) and goes on with %d: its episodes are given up, and others begin",
+                self.run_dir, len(processes), self.world.size,
+            )  # fmt: skip
+        if isinstance(self.env, AdaptedEnv):
+            self.env.load_learned(processes[0]["env"]["learned"])  # which is alike in all of them
+        self._begin(self.step)
+        own = int(seeding.fold(torch.tensor(self.config.seed), self.step, self.world.rank)) % 2**31
+        self.learner.generator.manual_seed(own)
+        self.actor.generator.manual_seed(own)
+        seeding.seed_everything(own)
 
 
 def _mean(values: Collection[float]) -> float:

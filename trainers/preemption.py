@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from esper.runtime.errors import Interrupted
 
@@ -48,12 +49,17 @@ class Preemption:
     were no handler.
 
     Args:
-        doing: what follows the first one, for the line that is printed then.
+        doing: what follows the first one, for the line that is printed then; None prints nothing.
+        grace_s: how long further signals do nothing, where a launcher passes on what the terminal has sent already.
+
+    Attributes:
+        number: of the signal that has come, or None.
     """
 
-    def __init__(self, doing: str = "saving a checkpoint") -> None:
-        self._doing = doing
-        self._number: int | None = None
+    def __init__(self, doing: str | None = "saving a checkpoint", grace_s: float = 0.0) -> None:
+        self._doing, self._grace_s = doing, grace_s
+        self.number: int | None = None
+        self._at = 0.0
         self._held = 0
 
     def __enter__(self) -> Preemption:
@@ -71,15 +77,23 @@ class Preemption:
             yield
         finally:
             self._held -= 1
-        if self._number is not None and not self._held:
-            raise Stop(self._number)
+        if self.number is not None and not self._held:
+            raise Stop(self.number)
+
+    def stop(self) -> NoReturn:
+        """Raises Stop, also where no signal has come to this process but to another one of the run."""
+        self.number = self.number or signal.SIGTERM
+        raise Stop(self.number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._number is not None:
+        if self.number is not None:
+            if time.monotonic() - self._at < self._grace_s:
+                return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._number = number
+        self.number, self._at = number, time.monotonic()
         with suppress(OSError):  # whoever read what is printed may be gone, which must not keep it from saving
-            print(f"\n{signal.Signals(number).name}: {self._doing} (once more: stop at once) ...", flush=True)
+            if self._doing:
+                print(f"\n{signal.Signals(number).name}: {self._doing} (once more: stop at once) ...", flush=True)
         if not self._held:
             raise Stop(number)

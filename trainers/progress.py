@@ -9,6 +9,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from esper.runtime import launch
+
 _EVERY_SECONDS = 10.0  # between two lines where there is no terminal
 
 
@@ -21,7 +23,7 @@ def duration(seconds: float) -> str:
 
 def announce() -> None:
     """Says that something goes on before anything else can be said, unless what is printed is asked for by a flag."""
-    if not any(argument.startswith("--") for argument in sys.argv[1:]):
+    if launch.rank() == 0 and not any(argument.startswith("--") for argument in sys.argv[1:]):
         print("starting ...", flush=True)
 
 
@@ -33,7 +35,8 @@ def pace(rate: float) -> str:
 
 
 class Reporter:
-    """Shows how far something is, how fast it goes and when it will end. A context manager.
+    """Shows how far something is, how fast it goes and when it will end. A context manager. Of several processes the
+    first one alone shows it.
 
     Args:
         label: what is going on.
@@ -45,7 +48,8 @@ class Reporter:
     def __init__(self, label: str, total: int, unit: str, done: int = 0):
         self._label, self._total, self._unit, self._start_done = label, total, unit, done
         self._bar: Progress | None = None
-        if sys.stdout.isatty():
+        self._quiet = launch.rank() > 0
+        if sys.stdout.isatty() and not self._quiet:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -82,6 +86,6 @@ class Reporter:
         status = "  ".join(figure for figure in figures if figure)
         if self._bar:
             self._bar.update(self._task, completed=done, status=status)
-        elif now - self._printed >= _EVERY_SECONDS or done >= self._total:
+        elif not self._quiet and (now - self._printed >= _EVERY_SECONDS or done >= self._total):
             self._printed = now
             print(f"{self._label}  {status}", flush=True)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
 from envs.making import saved_env_config
 from esper.graph.segment import acceleration_status
-from esper.runtime import checkpoint, lock
+from esper.runtime import checkpoint, launch, lock
+from esper.runtime.distributed import World, launched
 from esper.runtime.errors import ConfigError, Interrupted, Preempted
 from trainers import cli, config, judging
-from trainers.config import TrainConfig
+from trainers.config import LAUNCH_FILE, TrainConfig
 from trainers.loop import Trainer
 from trainers.objective import objective
 from trainers.preemption import Preemption, Stop
@@ -27,6 +31,8 @@ log = logging.getLogger(__name__)
 # that it may.
 _FIXED = ("env", "policy", "seed", "init", "warm_start", "ppo.normalize_returns")
 _FREE = ("env.subprocess", "env.timeout_s")
+
+_DOING = "saving a checkpoint"
 
 
 def resumed_config(given: DictConfig, overrides: list[str], saved: dict[str, Any], run: str) -> TrainConfig:
@@ -78,44 +84,64 @@ def _fixed(key: str) -> list[str]:
 @hydra.main(version_base="1.3", config_path="pkg://esper.conf", config_name="train")
 @cli.job(TrainConfig)
 def _main(given: DictConfig) -> float | None:
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
-    with Preemption() as preemption, lock.owned(run_dir):
+    run_dir, world = Path(HydraConfig.get().runtime.output_dir), launched()
+    if not world.alone and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ConfigError(f"-m under WORLD_SIZE={world.size}: start a sweep without torchrun, or one run with it")
+    # What has been sent to all processes at once comes once more from the one that launched them.
+    preemption = Preemption() if world.alone else Preemption(_DOING if world.first else None, grace_s=10.0)
+    with preemption, lock.owned(run_dir) if world.first else nullcontext():
         try:
-            _train(given, run_dir, preemption)
+            world.connect(given.runtime.patience_s)
+            with world.watched(lambda: preemption.number, preemption.stop):
+                _train(given, run_dir, preemption, world)
         except Stop as stop:
             if not checkpoint.found(run_dir):
                 raise Interrupted(f"stopped by {stop.name} before there was anything to save; start it again") from stop
             go_on = f"go on with: python -m trainers.train resume={run_dir}"
             raise Preempted(f"stopped by {stop.name} outside of training, all of it is saved; {go_on}") from stop
-    return objective(run_dir)
+    return objective(run_dir) if world.first else None
 
 
-def _train(given: DictConfig, run_dir: Path, preemption: Preemption) -> None:
+def _state(given: DictConfig, run_dir: Path, console: Console) -> dict[str, Any] | None:
+    """The checkpoint to go on from: where the user says so, or where the launch that began the run is restarted."""
+    if (identity := launch.identity()) and not given.resume:
+        (run_dir / LAUNCH_FILE).write_text(identity)
+    if not given.resume and not (launch.restarts() and checkpoint.found(run_dir)):
+        return None
+    try:
+        path, state, problems = checkpoint.latest(run_dir)
+    except checkpoint.CheckpointError as error:
+        raise ConfigError(f"resume={given.resume or run_dir}: {error}") from error
+    for problem in problems:
+        console.print(f"warning: {problem}; going on from {path.name}")
+    return state
+
+
+def _train(given: DictConfig, run_dir: Path, preemption: Preemption, world: World) -> None:
     """Training, and the evaluation after it."""
     console = cli.console()
-    state = None
-    if given.resume:
-        try:
-            path, state, problems = checkpoint.latest(run_dir)
-        except checkpoint.CheckpointError as error:
-            raise ConfigError(f"resume={given.resume}: {error}") from error
-        for problem in problems:
-            console.print(f"warning: {problem}; going on from {path.name}")
+    state = world.from_first(_state(given, run_dir, console) if world.first else None)
+    if given.resume and state is not None:
         settings = resumed_config(given, list(HydraConfig.get().overrides.task), state["config"], str(run_dir))
     else:
         settings = config.to_train_config(given)
     status = acceleration_status()
     way = "accelerated in eager code" if status["acceleration_enabled"] else "native"
     log.info("segment reductions: %s (%s)", way, status["why"])
-    trainer = Trainer(settings, run_dir, state, list(HydraConfig.get().overrides.task))
+    trainer = Trainer(settings, run_dir, state, list(HydraConfig.get().overrides.task), world)
+    if not world.alone:
+        console.print(f"{world.size} processes, {settings.env.num_envs} environments")
     console.print(f"run directory: {run_dir}", soft_wrap=True, highlight=False)
     evaluated = not settings.evaluation.episodes or (run_dir / "eval" / "report.json").exists()
     if state is not None:
         console.print(f"resuming at step {trainer.step:,} of {settings.ppo.total_steps:,}")
     if trainer.step < settings.ppo.total_steps:
         trainer.run(preemption)
-    elif evaluated:
+    elif evaluated and world.first:
         console.print("nothing left to do; to train longer, add ppo.total_steps=N with a larger N")
+        return
+    world.close()
+    if not world.first:
         return
     if settings.evaluation.episodes:
         console.print(judging.table(trainer.evaluate()))

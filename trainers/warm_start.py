@@ -7,6 +7,7 @@ been collected is kept in files, so that a run that is stopped here goes on wher
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from envs import fork_gains
 from envs.config import EnvConfig
 from esper.growth.actions import WAIT
 from esper.runtime import seeding
+from esper.runtime.distributed import ALONE, World
 from esper.tamiyo.policy import Tamiyo
 from trainers.config import WarmStartConfig
 from trainers.progress import Reporter
@@ -28,27 +30,35 @@ _WEIGHT_DECAY = 0.01
 _SALT = 104  # of the order of decisions; `envs.fork_gains` has another
 
 
-def run(policy: Tamiyo, config: EnvConfig, settings: WarmStartConfig, seed: int, run_dir: Path) -> None:
+def run(
+    policy: Tamiyo, config: EnvConfig, settings: WarmStartConfig, seed: int, run_dir: Path, world: World = ALONE
+) -> None:
     """Collects `settings.episodes` random episodes, fits `policy` to them and makes it act on what it predicts.
 
-    What is collected is gone afterwards. The same seed gives the same policy, also if it was stopped in between.
+    What is collected is gone afterwards. The same seed gives the same policy, also if it was stopped in between, and
+    whatever the number of processes, which collect side by side; the first one fits.
     """
     folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    chunks = -(-settings.episodes // fork_gains.EPISODES)
-    paths = [folder / f"{chunk}.pt" for chunk in range(chunks)]
-    with Reporter("warm start: random episodes", chunks, "chunks") as reporter:
-        for chunk, path in enumerate(paths):
+    chunks = range(-(-settings.episodes // fork_gains.EPISODES))[world.rank :: world.size]
+    paths = [folder / f"{chunk}.pt" for chunk in chunks]
+    with Reporter("warm start: random episodes", len(chunks), "chunks") as reporter:
+        for done, (chunk, path) in enumerate(zip(chunks, paths, strict=True), 1):
             if not path.exists():
                 torch.save(fork_gains.collect(config, seed, chunk, settings.tried), path.with_suffix(".part"))
                 os.replace(path.with_suffix(".part"), path)
-            reporter.update(chunk + 1)
-    parts = [torch.load(path, weights_only=True) for path in paths]
-    fit(policy, config, settings, seed, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+            reporter.update(done)
+    own = {chunk: torch.load(path, weights_only=True) for chunk, path in zip(chunks, paths, strict=True)}
+    parts = [part for _, part in sorted(item for each in world.gathered(own) for item in each.items())]
+    if world.first:
+        fit(policy, config, settings, seed, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    world.told("warm", lambda: "fitted")
+    policy.load_state_dict(world.from_first(policy.state_dict()))
     policy.act_on_gains(UNIT / settings.temperature, settings.caution)
     for path in paths:
         path.unlink()
-    folder.rmdir()
+    with suppress(OSError):  # other processes' files may be there
+        folder.rmdir()
 
 
 def fit(policy: Tamiyo, config: EnvConfig, settings: WarmStartConfig, seed: int, found: dict[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FOLDER = "checkpoints"
 BEST = "best.ckpt"
 

@@ -55,6 +55,11 @@ class LossScaler:
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     @property
+    def parameters(self) -> list[Tensor]:
+        """Of the optimiser."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
     def scale(self) -> float:
         """What the loss is multiplied with; waits for the device."""
         return self.scaler.get_scale()
@@ -70,7 +75,7 @@ class LossScaler:
             norm: of the gradients before they were clipped to `max_norm`.
             skipped: float32, 1 if the step was left out.
         """
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = self.parameters
         if self.scaler.is_enabled():  # it looks at gradients only: a bad loss is to leave its mark there
             next(p.grad for p in parameters if p.grad is not None).add_(0 * loss.detach())
         self.scaler.unscale_(self.optimizer)

@@ -20,6 +20,7 @@ METRICS_FILE = "metrics.jsonl"
 Layout = Mapping[str, Mapping[str, Sequence[str]]]
 """category -> chart -> tags, as regular expressions, that the chart draws together."""
 
+_OUTCOME = ".outcome"  # suffix of the event file that says how the run ended
 _WIDTH, _HEIGHT = slice(16, 20), slice(20, 24)  # of a picture, where its PNG says them
 
 
@@ -41,14 +42,15 @@ class Telemetry:
             os.replace(temporary, self.path)
         self._file = open(self.path, "a")  # noqa: SIM115 (open as long as the run)
         purge = None if resumed_at is None else resumed_at + 1
-        _date_back(run_dir / "tb")
-        self._writer = SummaryWriter(str(run_dir / "tb"), purge_step=purge)
+        self._folder = run_dir / "tb"
+        _date_back(self._folder)
+        self._writer = SummaryWriter(str(self._folder), purge_step=purge)
         if layout is not None:
             charts = {
                 category: {chart: ["Multiline", list(tags)] for chart, tags in charts.items()}
                 for category, charts in layout.items()
             }
-            self._put(custom_scalars(charts), resumed_at or 0)
+            _put(self._writer, custom_scalars(charts), resumed_at or 0)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one point of every scalar at `step` (environment steps). NaN becomes null in JSON."""
@@ -72,11 +74,12 @@ class Telemetry:
         """Writes a picture at `step`, for TensorBoard alone."""
         width, height = (int.from_bytes(png[place], "big") for place in (_WIDTH, _HEIGHT))
         image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
-        self._put(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        _put(self._writer, Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def outcome(self, step: int, settings: Mapping[str, Any], metrics: Collection[str]) -> None:
         """Writes what the run was given and which scalars tell how it went, for TensorBoard's table of hyperparameters.
-        Of a run that ends several times it shows what was given first.
+        It replaces what was written so when the run ended before, and must come last: TensorBoard may read no more of
+        the other file.
 
         Args:
             settings: name -> value; what is neither a number, a truth value nor a text is written as a text.
@@ -84,16 +87,24 @@ class Telemetry:
         """
         known = bool | int | float | str
         plain = {name: value if isinstance(value, known) else str(value) for name, value in settings.items()}
+        self._writer.flush()
+        # TensorBoard keeps the first that it finds of a run, hence the file of its own, which can be removed.
+        earlier = list(self._folder.glob(f"*{_OUTCOME}"))
+        writer = SummaryWriter(str(self._folder), filename_suffix=_OUTCOME)
         # SummaryWriter.add_hparams would put them into a run of their own, below this one.
         for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
-            self._put(summary, step)
-
-    def _put(self, summary: Summary, step: int) -> None:
-        self._writer._get_file_writer().add_summary(summary, step)
+            _put(writer, summary, step)
+        writer.close()
+        for path in earlier:
+            path.unlink()
 
     def close(self) -> None:
         self._file.close()
         self._writer.close()
+
+
+def _put(writer: SummaryWriter, summary: Summary, step: int) -> None:
+    writer._get_file_writer().add_summary(summary, step)
 
 
 def _date_back(folder: Path) -> None:

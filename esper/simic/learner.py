@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from esper.runtime.compiled import CompileGuard
+from esper.runtime.distributed import ALONE, World
 from esper.runtime.precision import AUTOCAST, LossScaler
 from esper.simic.config import PPOConfig
 from esper.simic.rollout import ReturnNormalizer, Rollout
@@ -30,6 +31,7 @@ class Simic:
         seed: of the order of minibatches.
         precision: one of AUTOCAST.
         guard: of the compiled update step; by default nothing is compiled.
+        world: the processes that train the policy together, each with a learner of its own.
 
     Attributes:
         skipped_total: optimiser steps that were left out because numbers were not finite.
@@ -43,15 +45,17 @@ class Simic:
         seed: int,
         precision: str = "fp32",
         guard: CompileGuard | None = None,
+        world: World = ALONE,
     ):
         self.policy, self.config, self.guard = policy, config, guard or CompileGuard("update step", "not asked for")
+        self.world = world
         device = next(policy.parameters()).device
         # A tensor, so that a compiled or captured step sees that it changes.
         self._lr = torch.tensor(config.lr, device=device)
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=self._lr, eps=1e-5, fused=True)
         self.scaler = LossScaler(precision, self.optimizer, device)
         policy.autocast = AUTOCAST[precision]
-        self.update_step = UpdateStep(policy, self.scaler, config, self.guard)
+        self.update_step = UpdateStep(policy, self.scaler, config, self.guard, world)
         self.normalizer = ReturnNormalizer(device) if config.normalize_returns else None
         self.generator = torch.Generator().manual_seed(seed)
         self.skipped_total, self._in_a_row = 0, 0
@@ -88,6 +92,7 @@ class Simic:
         self._schedule(progress)
         passes: list[Tensor] = []
         for _ in range(self.config.epochs):
+            self.world.check()
             steps = [self.update_step(b) for b in rollout.minibatches(self.config.minibatches, self.generator)]
             passes.append(torch.stack(steps))
             if self._kl_acts() and not self._adapted(float(passes[-1][:, METRICS.index("approx_kl")].nanmean())):
@@ -107,7 +112,9 @@ class Simic:
         """Compiles the update step for minibatches like those of the rollout; changes nothing."""
         # An order of its own: a warm-up must not move the generator.
         batches = rollout.minibatches(self.config.minibatches, torch.Generator().manual_seed(0))
-        self.update_step.warm_up(next(iter(batches)))
+        if (batch := next(iter(batches))) is not None:
+            self.update_step.warm_up(batch)
+        self.guard.warm = True  # in all processes at once, since finding minibatches is an exchange
 
     def _schedule(self, progress: float) -> None:
         config = self.config
@@ -147,7 +154,8 @@ class Simic:
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """Policy, optimiser, scaler, normaliser, counters and generator."""
+        """Policy, optimiser, scaler, normaliser and counters, which are the same in all processes, and `generator`, which
+        is not."""
         return {
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),

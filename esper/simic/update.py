@@ -11,10 +11,11 @@ from torch import Tensor
 
 from esper.graph import Layout
 from esper.runtime.compiled import CompileGuard, any_batch
+from esper.runtime.distributed import ALONE, World
 from esper.runtime.errors import TrainingError
 from esper.runtime.precision import LossScaler
 from esper.simic.config import PPOConfig
-from esper.simic.rollout import Minibatch, Targets
+from esper.simic.rollout import Minibatch, Targets, Totals
 from esper.tamiyo.distribution import MaskedCategorical
 from esper.tamiyo.policy import GraphPolicy, Prediction
 
@@ -36,10 +37,13 @@ def ppo_loss(
     values: Tensor,
     predictions: Tensor | None,
     targets: Targets,
+    totals: Totals,
     coefficients: Coefficients,
     config: PPOConfig,
 ) -> tuple[Tensor, Tensor]:
     """Clipped surrogate, squared value error, entropy bonus (arXiv 1707.06347, eq. 9), and the auxiliary error.
+
+    All means are over the whole minibatch: where it is shared by processes, what they get adds up to the loss.
 
     The KL estimate is `mean((r - 1) - log r)` (Schulman, "Approximating KL divergence", 2020). With `config.value_clip`
     the value error is the larger of that of the value and that of the value clipped around the old one (Engstrom et
@@ -56,23 +60,23 @@ def ppo_loss(
     ratio = log_ratio.exp()
     advantages = targets.advantages
     if config.normalize_advantages:
-        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+        advantages = (advantages - totals.mean) / (totals.std + 1e-8)
     surrogate = torch.min(ratio * advantages, torch.clamp(ratio, 1 - clip, 1 + clip) * advantages)
-    policy_gradient = -surrogate.mean()
+    policy_gradient = -surrogate.sum() / totals.graphs
     error = (values - targets.returns).square()
     if config.value_clip is not None:
         clipped = targets.values + (values - targets.values).clamp(-config.value_clip, config.value_clip)
         error = torch.max(error, (clipped - targets.returns).square())
-    value = 0.5 * error.mean()
-    entropy = distribution.entropy().mean()
+    value = 0.5 * error.sum() / totals.graphs
+    entropy = distribution.entropy().sum() / totals.graphs
     total = policy_gradient + config.value_coef * value - coefficients.entropy * entropy
     auxiliary = torch.zeros_like(total)
     if predictions is not None and config.auxiliary_coef:
         known = targets.auxiliary_mask.float()
-        auxiliary = ((predictions - targets.auxiliary).square() * known).sum() / known.sum().clamp(min=1)
+        auxiliary = ((predictions - targets.auxiliary).square() * known).sum() / totals.known.clamp(min=1)
         total = total + config.auxiliary_coef * auxiliary
-    approx_kl = ((ratio - 1) - log_ratio).mean()
-    clip_fraction = ((ratio - 1).abs() > clip).float().mean()
+    approx_kl = ((ratio - 1) - log_ratio).sum() / totals.graphs
+    clip_fraction = ((ratio - 1).abs() > clip).float().sum() / totals.graphs
     parts = total, policy_gradient, value, -entropy, approx_kl, clip_fraction, auxiliary
     return total, torch.stack([part.detach() for part in parts])
 
@@ -85,29 +89,51 @@ class UpdateStep:
         scaler: over the policy's parameters.
         config: settings of PPO.
         guard: of the compiled form.
+        world: the processes that take the step together.
 
     Attributes:
         halved: whether memory did not suffice for whole minibatches.
     """
 
-    def __init__(self, policy: GraphPolicy, scaler: LossScaler, config: PPOConfig, guard: CompileGuard):
-        self.policy, self.scaler, self.config, self.guard = policy, scaler, config, guard
+    def __init__(
+        self,
+        policy: GraphPolicy,
+        scaler: LossScaler,
+        config: PPOConfig,
+        guard: CompileGuard,
+        world: World = ALONE,
+    ):
+        self.policy, self.scaler, self.config, self.guard, self.world = policy, scaler, config, guard, world
         self.halved = False
         device = next(policy.parameters()).device
         self.coefficients = Coefficients(*(torch.tensor(c, device=device) for c in (config.clip, config.entropy_coef)))
         self._compiled: dict[Layout, Callable[..., tuple[Tensor, Tensor]]] = {}
 
-    def __call__(self, batch: Minibatch) -> Tensor:
+    def __call__(self, batch: Minibatch | None) -> Tensor:
         """Takes the step; returns METRICS, the norm of the gradient and whether the step was skipped, float32 [9] on
-        the device, so that nothing here waits for it."""
-        result = None if self.halved else self._whole(batch)
-        if result is None:
-            result = self._in_halves(batch)
-        loss, metrics = result
-        norm, skipped = self.scaler.step(loss, self.config.max_grad_norm)
+        the device, so that nothing here waits for it. Without a batch it is taken by the gradients of others."""
+        if batch is None:
+            self.policy.zero_grad(set_to_none=True)
+            metrics = torch.zeros(len(METRICS), device=self.coefficients.clip.device)
+        else:
+            result = None if self.halved else self._whole(batch)
+            metrics = self._in_halves(batch) if result is None else result
+        metrics = self._summed(metrics)
+        norm, skipped = self.scaler.step(metrics[METRICS.index("loss")], self.config.max_grad_norm)
         return torch.cat([metrics, torch.stack([norm, skipped])])
 
-    def _whole(self, batch: Minibatch) -> tuple[Tensor, Tensor] | None:
+    def _summed(self, metrics: Tensor) -> Tensor:
+        """Adds up gradients and METRICS [7] over all processes, in one exchange, outside of what is compiled."""
+        if self.world.alone:
+            return metrics
+        parameters = self.scaler.parameters
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        *gradients, metrics = self.world.total([*gradients, metrics])
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return metrics
+
+    def _whole(self, batch: Minibatch) -> Tensor | None:
         """Gradients of a minibatch at once; None if memory does not suffice."""
         compiled = self._form(batch)
         try:
@@ -124,7 +150,7 @@ class UpdateStep:
         log.warning("out of memory in the update: minibatches are halved from now on, their gradients are added up")
         self.halved = True
 
-    def _in_halves(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
+    def _in_halves(self, batch: Minibatch) -> Tensor:
         """The same gradients with half the memory, in more time.
 
         Each half is run twice: first for its outputs, from which the loss of the whole minibatch is computed, so that
@@ -144,7 +170,9 @@ class UpdateStep:
             logits, values, *predictions = joined
             distribution = MaskedCategorical(logits, batch.graph.action_mask)
             predicted = predictions[0] if predictions else None
-            loss, metrics = ppo_loss(distribution, values, predicted, batch.targets, self.coefficients, self.config)
+            loss, metrics = ppo_loss(
+                distribution, values, predicted, batch.targets, batch.totals, self.coefficients, self.config
+            )
             self.scaler.backward(loss)
             gradients = {number: output.grad for number, output in enumerate(joined) if output.grad is not None}
             sizes = [len(half) for half in halves]
@@ -159,7 +187,7 @@ class UpdateStep:
                 "out of memory in the update, with halves of minibatches too; "
                 f"raise ppo.minibatches, which is {self.config.minibatches}"
             ) from error
-        return loss.detach(), metrics
+        return metrics
 
     def warm_up(self, batch: Minibatch) -> None:
         """Compiles what `batch`, of at least two transitions, needs; changes nothing."""
@@ -169,11 +197,11 @@ class UpdateStep:
             self.guard.warm = True
             return
 
-        def first() -> tuple[Tensor, Tensor]:
+        def first() -> Tensor:
             self.policy.zero_grad(set_to_none=True)
-            loss, metrics = compiled(*any_batch(_tensors(batch)), *self.coefficients)
+            loss, metrics = compiled(*any_batch(_tensors(batch)), *batch.totals, *self.coefficients)
             loss.backward()
-            return loss, metrics
+            return metrics
 
         try:
             self.guard.warm_up(lambda: self.guard.run(first, lambda: self._eager(batch)))
@@ -184,22 +212,22 @@ class UpdateStep:
             self._halve()
         self.policy.zero_grad(set_to_none=True)
 
-    def _eager(self, batch: Minibatch) -> tuple[Tensor, Tensor]:
+    def _eager(self, batch: Minibatch) -> Tensor:
         self.policy.zero_grad(set_to_none=True)
         logits, values, predictions = self.policy.predict(batch.graph)
         distribution = MaskedCategorical(logits, batch.graph.action_mask)
-        loss, metrics = ppo_loss(distribution, values, predictions, batch.targets, self.coefficients, self.config)
+        loss, metrics = ppo_loss(
+            distribution, values, predictions, batch.targets, batch.totals, self.coefficients, self.config
+        )
         self.scaler.backward(loss)
-        return loss.detach(), metrics
+        return metrics
 
-    def _differentiated(
-        self, compiled: Callable[..., tuple[Tensor, Tensor]], batch: Minibatch
-    ) -> tuple[Tensor, Tensor]:
+    def _differentiated(self, compiled: Callable[..., tuple[Tensor, Tensor]], batch: Minibatch) -> Tensor:
         self.policy.zero_grad(set_to_none=True)
-        loss, metrics = compiled(*_tensors(batch), *self.coefficients)
+        loss, metrics = compiled(*_tensors(batch), *batch.totals, *self.coefficients)
         self.scaler.backward(loss)
         # A captured graph writes its outputs to the same place again.
-        return loss.detach().clone(), metrics.clone()
+        return metrics.clone()
 
     def _form(self, batch: Minibatch) -> Callable[..., tuple[Tensor, Tensor]] | None:
         """The compiled forward pass and loss for graphs of this layout, or None if there is none."""
@@ -214,9 +242,9 @@ class UpdateStep:
             def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
                 x, attr, mask, node_mask, action_mask, *rest = tensors
                 logits, values, predictions = predict(x, attr, mask, node_mask)
-                targets, coefficients = Targets(*rest[:-2]), Coefficients(*rest[-2:])
+                targets, totals, coefficients = Targets(*rest[:-6]), Totals(*rest[-6:-2]), Coefficients(*rest[-2:])
                 distribution = MaskedCategorical(logits, action_mask)
-                return ppo_loss(distribution, values, predictions, targets, coefficients, config)
+                return ppo_loss(distribution, values, predictions, targets, totals, coefficients, config)
 
             self._compiled[layout] = self.guard.compile(function)
         return self._compiled[layout]

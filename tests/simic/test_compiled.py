@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esper.runtime.precision import LossScaler
 from esper.simic.learner import Simic
-from esper.simic.rollout import Minibatch, Rollout, Targets
+from esper.simic.rollout import Minibatch, Rollout, Targets, Totals
 from esper.tamiyo.actor import Actor
 
 Pair = Callable[..., tuple[Actor, Simic]]
@@ -77,11 +77,12 @@ def test_minibatches_of_other_sizes_share_a_program(pair: Pair, collected: Colle
     if not learner.guard.warm:
         learner._warm_up(rollout)
     runs = learner.guard.runs
-    graph, targets = next(rollout.minibatches(1, torch.Generator().manual_seed(0)))
+    graph, targets, _ = next(rollout.minibatches(1, torch.Generator().manual_seed(0)))
     # On CPUs Inductor unrolls products with fewer than 33 numbers, such as the gradient of a head 8 wide for 24 graphs,
     # and more graphs are another program. Policies wider than 30 have no such limit.
     for size in (20, 5, 19, 24, 8):
-        batch = Minibatch(graph[:size], Targets(*(column[:size] for column in targets)))
+        part = Targets(*(column[:size] for column in targets))
+        batch = Minibatch(graph[:size], part, Totals.of(part))
         torch.testing.assert_close(learner.update_step(batch), eager.update_step(batch), atol=1e-4, rtol=1e-3)
     assert (learner.guard.runs - runs, learner.guard.recompiles) == (5, 0)
 

@@ -42,7 +42,7 @@ def test_halves_give_the_gradients_of_the_whole(
     step, policy = learner.update_step, learner.policy
 
     def gradients(form: Callable[..., Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        _, metrics = form(batch)
+        metrics = form(batch)
         return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}, metrics
 
     (whole, metrics), (halves, same_metrics) = gradients(step._eager), gradients(step._in_halves)

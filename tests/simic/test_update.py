@@ -15,7 +15,7 @@ from esper.runtime.compiled import CompileGuard
 from esper.runtime.errors import ConfigError
 from esper.runtime.precision import LossScaler
 from esper.simic.config import PPOConfig
-from esper.simic.rollout import Minibatch, Rollout, Targets
+from esper.simic.rollout import Minibatch, Rollout, Targets, Totals
 from esper.simic.update import METRICS, Coefficients, UpdateStep, ppo_loss
 from esper.tamiyo.distribution import MaskedCategorical
 from esper.tamiyo.policy import Tamiyo
@@ -35,7 +35,7 @@ def loss_of(
     legal = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask
     coefficients = Coefficients(torch.tensor(config.clip), torch.tensor(config.entropy_coef))
     distribution = MaskedCategorical(logits, legal)
-    total, metrics = ppo_loss(distribution, values, predictions, targets, coefficients, config)
+    total, metrics = ppo_loss(distribution, values, predictions, targets, Totals.of(targets), coefficients, config)
     assert not metrics.requires_grad
     return total, dict(zip(METRICS, metrics, strict=True))
 

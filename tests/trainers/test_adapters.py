@@ -120,7 +120,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(run_train, monkeypatch,
     assert "start new episodes" not in result.out + result.err
     assert not differences(newest(whole.run_dir), newest(run))
     assert untimed(whole.run_dir) == untimed(run)
-    assert (newest(run)["env"]["episodes"] > 1).any()
+    assert (newest(run)["processes"][0]["env"]["episodes"] > 1).any()
 
 
 class Born(Line):
@@ -142,13 +142,13 @@ def test_a_run_on_an_environment_that_is_not_deterministic_says_so(run_train, mo
     with monkeypatch.context() as patch:
         stop_at(32, signal.SIGTERM, patch)
         stopped = run_train(*overrides, tiny=False)
-    before = newest(stopped.run_dir)["env"]["episodes"]
+    before = newest(stopped.run_dir)["processes"][0]["env"]["episodes"]
     result = run_train(f"resume={stopped.run_dir}", tiny=False)
     assert result.code == 0, result.err
     said = [line for line in (result.out + result.err).splitlines() if "start new episodes" in line]
     assert len(said) == 1
     assert "env.id=test/Born-v0: 2 of its 2 environments did not come to where they were" in said[0]
-    assert (newest(stopped.run_dir)["env"]["episodes"] > before).all()
+    assert (newest(stopped.run_dir)["processes"][0]["env"]["episodes"] > before).all()
 
 
 def test_what_a_resumed_run_may_not_change(run_train):
@@ -167,7 +167,7 @@ def test_evaluation_uses_what_training_has_learned(run_train, run_evaluate, monk
     monkeypatch.setattr(returns, "make_envs", lambda *args, **named: used.append(make_envs(*args, **named)) or used[-1])
     result = run_evaluate(f"checkpoint={run}", "episodes=3")
     assert result.code == 0, result.err
-    learned = newest(run)["env"]["learned"]
+    learned = newest(run)["processes"][0]["env"]["learned"]
     assert len(used) == 4  # three episodes, two side by side, of two controllers
     for env in used:
         assert env.learned()["count"] == learned["count"]

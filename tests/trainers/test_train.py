@@ -184,7 +184,7 @@ def test_contexts_and_knobs_reach_the_run_and_stay(run_train):
     assert {kind for kind, weight in config["env"]["contexts"]["mixture"].items() if weight} == {"growth"}
     assert config["evaluation"]["controllers"]["plateau"]["slope"] == -0.01
     assert config["evaluation"]["controllers"]["plateau"]["patience"] is None
-    assert newest(run)["env"]["population"]["context"]["priced"].all()
+    assert newest(run)["processes"][0]["env"]["population"]["context"]["priced"].all()
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_used(run_train):

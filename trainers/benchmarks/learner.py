@@ -13,7 +13,7 @@ from esper.graph import GraphBatch
 from esper.runtime.compiled import CompileGuard
 from esper.runtime.precision import LossScaler
 from esper.simic.config import PPOConfig
-from esper.simic.rollout import Minibatch, Targets
+from esper.simic.rollout import Minibatch, Targets, Totals
 from esper.simic.update import Coefficients, UpdateStep, ppo_loss
 from esper.tamiyo.actor import Actor, Decision
 from esper.tamiyo.distribution import MaskedCategorical
@@ -99,7 +99,8 @@ def minibatch(graph: GraphBatch, policy: Tamiyo) -> Minibatch:
     advantages, returns = torch.randn(2, len(graph), generator=generator).to(graph.device)
     nothing = advantages.new_zeros(len(graph), 0)
     actions, log_probs, values = (part.clone() for part in decision)
-    return Minibatch(graph, Targets(actions, log_probs, values, advantages, returns, nothing, nothing.bool()))
+    targets = Targets(actions, log_probs, values, advantages, returns, nothing, nothing.bool())
+    return Minibatch(graph, targets, Totals.of(targets))
 
 
 def _plain_step(
@@ -113,7 +114,7 @@ def _plain_step(
         optimizer.zero_grad(set_to_none=True)
         logits, values, predictions = plain(batch.graph)
         distribution = MaskedCategorical(logits, batch.graph.action_mask)
-        loss, metrics = ppo_loss(distribution, values, predictions, batch.targets, coefficients, ppo)
+        loss, metrics = ppo_loss(distribution, values, predictions, batch.targets, batch.totals, coefficients, ppo)
         loss.backward()
         nn.utils.clip_grad_norm_(plain.parameters(), ppo.max_grad_norm)
         optimizer.step()
@@ -136,11 +137,11 @@ class _CompiledStepToo(UpdateStep):
 
         self._step = torch.compile(step)
 
-    def __call__(self, batch: Minibatch) -> Tensor:
+    def __call__(self, batch: Minibatch | None) -> Tensor:
+        assert batch is not None
         compiled = self._form(batch)
         assert compiled is not None
-        _, metrics = self._differentiated(compiled, batch)
-        return torch.cat([metrics, self._step()[None]])
+        return torch.cat([self._differentiated(compiled, batch), self._step()[None]])
 
 
 @suite("update")
