@@ -71,6 +71,8 @@ ALLOWED = {
     "checkpoint": "a run directory, a checkpoint file or a shipped policy",
     "output_dir": "a directory",
     "out": "a file",
+    "compare": "a report of this command",
+    "against": "a report of this command",
     "format": ", ".join(export.FORMATS),
     "suite": ", ".join(
         sorted(

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 PYTHON = """#!/bin/bash
 note() { printf '%s|%s|%s\\n' "$*" "${ESPER_TORCH_SCATTER-}" "${PYTHONPATH:+path}" >>"$PREFIX/calls"; }
 case "$*" in
+  "-m trainers.benchmark "*) echo "${@:2}" >>"$PREFIX/comparisons"; exit "${COMPARED-0}" ;;
   *"sys.prefix"*) echo "$PREFIX" ;;
   *"cache_tag"*) echo torch-2-cpython ;;
   *"pip wheel"*"--no-cache-dir --no-build-isolation"*)
@@ -23,7 +24,8 @@ esac
 """
 WITHOUT = "-m pytest|0|"
 INSTALL = "pip install {wheels}/torch-2-cpython/torch_scatter-9-x.whl|{variable}|"
-WITH = "-m pytest tests/graph/test_segment.py tests/tamiyo/test_encoder.py tests/trainers/test_pooling.py||path"
+TESTS = ("graph/test_segment", "tamiyo/test_encoder", "trainers/test_matrix", "trainers/test_pooling")
+WITH = f"-m pytest {' '.join(f'tests/{name}.py' for name in TESTS)}||path"
 
 
 @pytest.fixture
@@ -77,6 +79,15 @@ def test_it_fails_where_torch_scatter_cannot_be_tested(ci, more, message):
     assert code == 1
     assert WITH not in calls
     assert message in out
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_benchmarks_are_compared_with_what_is_committed_and_fail_nothing(ci, tmp_path, code):
+    assert ci(COMPARED=str(code))[0] == 0
+    told = (tmp_path / "comparisons").read_text().splitlines()
+    bases = [word.removeprefix("compare=") for line in told for word in line.split() if word.startswith("compare=")]
+    assert bases
+    assert all((ROOT / base).is_file() for base in bases)
 
 
 def test_a_failure_without_torch_scatter_fails(ci):

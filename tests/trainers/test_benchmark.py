@@ -156,6 +156,8 @@ def test_a_run_writes_every_timing(run, tmp_path):
     assert sum(found["stages"].values()) == 3 * env["host"]["stages"][1]
     summary = found["summary"]
     assert summary["host_epochs_per_second"]["plain"]["low"] <= summary["host_epochs_per_second"]["plain"]["high"]
+    assert content["ratios"]["segment, 3 hosts: together, times as fast as the plain loop"]["better"] == "higher"
+    assert content["ratios"]["segment, 3 hosts: a host among 5, times one among 2"]["better"] == "lower"
     assert all(word in result.out for word in ("3 together", "plain loop, one by one", "deep/er/report.json"))
 
 
@@ -174,7 +176,7 @@ def test_a_run_writes_every_timing(run, tmp_path):
             [{"reference", "sdpa"}] * 8 + [{"reference", "sdpa", "segment"}] * 8,
         ),
         ("dat", ["benchmark.compile=false"], [{"spandrel", "reference, eager", "sdpa, eager"}]),
-        ("grow", [], [{"by itself", "growing"}] * 2 + [{"tamiyo_small", "gradmax"}] * 2),
+        ("grow", [], [{"by itself", "growing"}] * 2 + [{"a step", "tamiyo_small", "gradmax"}] * 2),
     ],
 )
 def test_suites_of_rows(run, tmp_path, suite, overrides, variants):
@@ -184,6 +186,8 @@ def test_suites_of_rows(run, tmp_path, suite, overrides, variants):
     content = json.loads((tmp_path / "rows.json").read_text())
     assert content["suite"] == suite
     assert content["machine"]["threads"] == 1
+    assert content["ratios"]
+    assert all(ratio["low"] <= ratio["value"] <= ratio["high"] for ratio in content["ratios"].values())
     by_case: dict[str, dict] = {}
     for row in content["rows"]:
         by_case.setdefault(row["case"], {})[row["variant"]] = row
@@ -191,6 +195,7 @@ def test_suites_of_rows(run, tmp_path, suite, overrides, variants):
     for rows in by_case.values():
         for row in rows.values():
             assert 0 < row["median_ms"] <= row["p95_ms"]
+            assert statistics.median(row["ms"]) == pytest.approx(row["median_ms"])
             if "pyg" in rows:
                 assert row["ratio_vs_reference"] == pytest.approx(rows["pyg"]["median_ms"] / row["median_ms"])
             if "floor" in rows:
@@ -201,7 +206,9 @@ def test_suites_of_rows(run, tmp_path, suite, overrides, variants):
 def test_keeping_the_state_is_measured(run, tmp_path):
     result = run("suite=checkpoint", "benchmark.repeats=3", "runtime.compile=false", "out=report.json")
     assert result.code == 0, result.err
-    found = json.loads((tmp_path / "report.json").read_text())["results"]
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [ratio["better"] for ratio in content["ratios"].values()] == ["lower"]
+    found = content["results"]
     assert {name: len(times) for name, times in found["ms"].items()} == {"iteration": 3, "copy": 3, "file": 3}
     iteration, copy, file = (statistics.median(found["ms"][name]) for name in ("iteration", "copy", "file"))
     assert found["share"] == pytest.approx((copy + file / 10) / (iteration + copy + file / 10))
@@ -260,11 +267,11 @@ def test_help_names_suites_and_keys(run, capsys):
 
 def test_a_suite_is_one_decorated_function(run, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks, "SUITES", dict(benchmarks.SUITES))
-    benchmarks.suite("mine")(lambda config: benchmarks.Report({"seed": config.seed}, []))
+    benchmarks.suite("mine")(lambda config: benchmarks.Report({"found": config.seed}, []))
     with pytest.raises(ValueError, match="registered twice"):
         benchmarks.suite("mine")(lambda config: benchmarks.Report({}, []))
     assert run("suite=mine", "seed=7", "out=mine.json").code == 0
-    assert json.loads((tmp_path / "mine.json").read_text())["results"] == {"seed": 7}
+    assert json.loads((tmp_path / "mine.json").read_text())["found"] == 7
 
 
 def test_spread_and_timing():

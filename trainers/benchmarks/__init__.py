@@ -16,7 +16,7 @@ from trainers.config import BenchmarkConfig
 class Report(NamedTuple):
     """What a suite has found."""
 
-    results: dict[str, Any]  # all raw timings and their summaries, for JSON
+    results: dict[str, Any]  # all raw timings and their summaries, for JSON; `ratios` are what is compared
     tables: list[Table]  # for the terminal
 
 

@@ -15,6 +15,7 @@ from envs.config import load_config
 from esper.runtime import checkpoint
 from esper.simic.config import PPOConfig
 from trainers.benchmarks import Report, suite
+from trainers.benchmarks.ratios import LOWER, Ratio
 from trainers.benchmarks.timing import Spread
 from trainers.config import BenchmarkConfig, TrainConfig, load_policy
 from trainers.loop import Trainer
@@ -68,4 +69,13 @@ def run(config: BenchmarkConfig) -> Report:
     often = {"iteration": "", "copy": "every iteration", "file": f"every {every} iterations"}
     for name, spread in spreads.items():
         table.add_row(name, spread.text(".1f"), often[name])
-    return Report(results, [table])
+    return Report({"ratios": ratios(results), "results": results}, [table])
+
+
+def ratios(results: dict[str, Any]) -> dict[str, Ratio]:
+    """Name -> the share of a run's time, turn by turn."""
+    shares = []
+    for iteration, copy, file in zip(*(results["ms"][name] for name in ("iteration", "copy", "file")), strict=True):
+        cost = copy + file / results["every"]
+        shares.append(cost / (iteration + cost))
+    return {"keeping the state, share of a run's time": Ratio.of(shares, LOWER)}

@@ -180,6 +180,8 @@ def run(config: BenchmarkConfig) -> Report:
             float(np.percentile(values, 95)),
             0.0,
             medians[_REFERENCE] / medians[name],
+            reference=_REFERENCE,
+            ms=values,
         )
         for name, values in times.items()
     ]

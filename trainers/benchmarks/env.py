@@ -22,6 +22,7 @@ from esper.runtime import seeding
 from esper.runtime.errors import ConfigError, EsperError
 from trainers.benchmarks import Report, suite
 from trainers.benchmarks.plain import PlainHost
+from trainers.benchmarks.ratios import LOWER, Ratio
 from trainers.benchmarks.timing import Spread, timed
 from trainers.config import BenchmarkConfig
 from trainers.progress import Reporter
@@ -304,7 +305,32 @@ def run(config: BenchmarkConfig) -> Report:
         for env in environments:
             note = env.name
             results[env.name] = _Task(env, config, tick).run()
-    return Report(results, _tables(results, config))
+    compared = ratios(results, config.benchmark.hosts)
+    return Report({"ratios": compared, "results": results}, _tables(results, config))
+
+
+def ratios(results: dict[str, Any], hosts: int) -> dict[str, Ratio]:
+    """Name -> what is compared, turn by turn, of each task with `hosts` hosts together."""
+    found: dict[str, Ratio] = {}
+    others = {"stacked": "as stacked tensors", "plain": "as the plain loop", "engine": "as one by one"}
+    for task, result in results.items():
+        epoch, sizes = result["seconds"]["epoch"], result["seconds"]["sizes"]
+
+        def add(name: str, ratio: Ratio, task: str = task) -> None:
+            found[f"{task}, {hosts} hosts: {name}"] = ratio
+
+        def over(a: list[float], b: list[float], factor: float = 1.0) -> Ratio:
+            return Ratio.of((factor * x / y for x, y in zip(a, b, strict=True)), LOWER)
+
+        for other, label in others.items():
+            together = result["summary"]["population_over"][other]
+            add(f"together, times as fast {label}", Ratio(together["median"], together["low"], together["high"]))
+        add("an epoch with statistics, times one without", over(epoch["population"], epoch["unmeasured"]))
+        counts = list(sizes)
+        for n in counts[1:]:
+            cost = over(sizes[n], sizes[counts[0]], int(counts[0]) / int(n))
+            add(f"a host among {n}, times one among {counts[0]}", cost)
+    return found
 
 
 def _spread(values: dict[str, float], form: str, factor: float = 1.0) -> str:

@@ -23,6 +23,7 @@ REDUCTIONS = {
     "max": segment.segment_max,
     "softmax": segment.segment_softmax,
 }
+RIVALS = (SCATTER, CSR)
 _FEATURES = 64
 _MEMBERS = 10  # rows of a segment, on average
 _ROWS_A_TURN = 100_000  # at least: less is too short to be timed
@@ -133,4 +134,4 @@ def run(config: BenchmarkConfig) -> Report:
                     way: partial(_repeated, partial(function, pool), calls) for way, pool in ways.items()
                 }
                 rows += compare("pooling", case, forms, settings, device, tick, reference=NATIVE)
-    return Report(content(rows) | {"acceleration": status}, [table(rows, f"Pooling: {status['why']}")])
+    return Report(content(rows, RIVALS) | {"acceleration": status}, [table(rows, f"Pooling: {status['why']}")])

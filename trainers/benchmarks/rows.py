@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from rich import box
 from rich.table import Table
 
+from trainers.benchmarks.ratios import HIGHER, LOWER, Ratio
 from trainers.benchmarks.timing import timed
 from trainers.config import BenchmarkSettings
 from trainers.progress import Reporter
@@ -35,6 +36,8 @@ class Row:
     ratio_vs_reference: float | None = None
     ratio_vs_floor: float | None = None  # this time over that of the floor: 1 is the floor itself
     compile_s: float | None = None
+    reference: str | None = None  # the variant of `ratio_vs_reference`
+    ms: list[float] = field(default_factory=list)  # of every turn
 
 
 @contextmanager
@@ -93,6 +96,8 @@ def compare(
                 over(name, reference),
                 None if floor is None else 1 / floor,
                 (compile_s or {}).get(name),
+                reference if reference in medians else None,
+                values,
             )
         )
     return rows
@@ -156,6 +161,35 @@ def table(rows: Iterable[Row], title: str, reference: str = "PyG") -> Table:
     return result
 
 
-def content(rows: Iterable[Row]) -> dict[str, Any]:
-    """For JSON."""
-    return {"rows": [asdict(row) for row in rows]}
+def ratios(rows: Iterable[Row], rivals: Container[str] = ()) -> dict[str, Ratio]:
+    """Name -> each variant against the reference of its case, and against the floor.
+
+    Args:
+        rivals: variants that are not Esper's, which are to be no faster than they were.
+    """
+    rows, found = list(rows), {}
+    turns = {(row.case, row.variant): row.ms for row in rows}
+
+    def ratio(value: float, over: list[float], under: list[float], better: str) -> Ratio:
+        if not over or not under:  # the turns were not kept
+            return Ratio(value, better=better)
+        return Ratio.of((a / b for a, b in zip(over, under, strict=True)), better)
+
+    for row in rows:
+        if row.variant in (row.reference, FLOOR):
+            continue
+        if row.ratio_vs_reference is not None:
+            of_reference = turns.get((row.case, str(row.reference)), [])
+            better = LOWER if row.variant in rivals else HIGHER
+            name = f"{row.case}: {row.variant}, times as fast as {row.reference}"
+            found[name] = ratio(row.ratio_vs_reference, of_reference, row.ms, better)
+        if row.ratio_vs_floor is not None:
+            of_floor = turns.get((row.case, FLOOR), [])
+            found[f"{row.case}: {row.variant}, times the floor"] = ratio(row.ratio_vs_floor, row.ms, of_floor, LOWER)
+    return found
+
+
+def content(rows: Iterable[Row], rivals: Container[str] = ()) -> dict[str, Any]:
+    """For JSON: the rows, and their `ratios`."""
+    rows = list(rows)
+    return {"ratios": ratios(rows, rivals), "rows": [asdict(row) for row in rows]}
