@@ -40,5 +40,8 @@ setup_environment() {
       exit 2
     }
   fi
+  if [ "$prefix" = "$root/.venv" ]; then
+    echo "done; to have it in a shell of yours: . $root/.venv/bin/activate"
+  fi
   echo "$wanted" >"$prefix/.esper-${extra:-base}"
 }

@@ -66,6 +66,10 @@ def run(entry: Callable[[], None], schema: type) -> int:
         if own is not None:
             return _fail(str(own), own.exit_code)
         return _fail(explain(error, schema), ConfigError.exit_code)
+    except BrokenPipeError:
+        # Python writes what is left once more when it ends, which would be another error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return _fail("whoever read what is printed has gone; print to a file instead", ConfigError.exit_code)
     except OSError as error:
         # The loop turns its own into TrainingError; what is left comes from reading input or making folders.
         hint = "choose another output_dir, or mend the path"

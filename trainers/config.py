@@ -241,6 +241,7 @@ class BenchmarkSettings:
     large: list[int] = field(default_factory=lambda: [1_000, 10_000, 100_000])  # nodes of single graphs
     rows: list[int] = field(default_factory=lambda: [1_000, 100_000, 1_000_000])  # that are pooled
     iterations: int = 5  # of training, end to end
+    processes: list[int] = field(default_factory=lambda: [1, 2])  # that train together
 
 
 @dataclass
@@ -288,7 +289,8 @@ class BenchmarkConfig:
             raise ConfigError(f"benchmark.clock={s.clock}: choose wall or cpu")
         if s.clock == "cpu" and self.runtime.device != "cpu":
             raise ConfigError(f"benchmark.clock=cpu: does not see what runs on {self.runtime.device}; choose wall")
-        for name, sizes in (("graphs", s.graphs), ("large", s.large), ("rows", s.rows)):
+        lists = {"graphs": s.graphs, "large": s.large, "rows": s.rows, "processes": s.processes}
+        for name, sizes in lists.items():
             if any(n < 1 for n in sizes):
                 raise ConfigError(f"benchmark.{name}={sizes}: sizes must be above 0")
         for name in s.policies:

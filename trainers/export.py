@@ -13,6 +13,7 @@ from esper.tamiyo import export
 from esper.tamiyo.loading import interface_of, load_state, policy_of
 from trainers import cli, config
 from trainers.config import ExportConfig
+from trainers.preemption import early
 
 
 @hydra.main(version_base="1.3", config_path="pkg://esper.conf", config_name="export")
@@ -38,7 +39,8 @@ def _main(given: DictConfig) -> None:
 def main() -> None:
     """Console entry point."""
     config.register()
-    sys.exit(cli.run(_main, ExportConfig))
+    with early():
+        sys.exit(cli.run(_main, ExportConfig))
 
 
 if __name__ == "__main__":

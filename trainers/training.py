@@ -87,6 +87,8 @@ def _main(given: DictConfig) -> float | None:
     run_dir, world = Path(HydraConfig.get().runtime.output_dir), launched()
     if not world.alone and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise ConfigError(f"-m under WORLD_SIZE={world.size}: start a sweep without torchrun, or one run with it")
+    if not world.first:
+        logging.getLogger().setLevel(logging.WARNING)
     # What has been sent to all processes at once comes once more from the one that launched them.
     preemption = Preemption() if world.alone else Preemption(_DOING if world.first else None, grace_s=10.0)
     with preemption, lock.owned(run_dir) if world.first else nullcontext():

@@ -96,6 +96,7 @@ class Report:
             blueprint=[step.blueprints for step in steps],
             host_loss=[step.validation_loss for step in steps],
             slots=self.slots,
+            first=1,  # as the report counts
         )
         figure = lifecycle_chart(trace, title, epoch="step")
         if path is not None:

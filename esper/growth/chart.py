@@ -62,6 +62,7 @@ class Trace:
         host_loss: [E], what is plotted of the network; gaps where it is not finite.
         twin_loss: [E], of the same network that was never grown, if there is one.
         slots: [S], names of the slots; by default their numbers.
+        first: number of the first moment, on the axis of time.
     """
 
     stage: Sequence[Sequence[int]]
@@ -70,6 +71,7 @@ class Trace:
     host_loss: Sequence[float]
     twin_loss: Sequence[float] | None = None
     slots: Sequence[str] | None = None
+    first: int = 0
 
     def names(self) -> list[str]:
         """[S], of the slots.
@@ -126,7 +128,7 @@ def lifecycle_chart(
         _draw_losses(above, trace, host, twin)
         above.set(ylabel=loss, title=title)
         _draw_slots(below, trace, small=len(names) > 24)
-        below.set(xlabel=epoch, ylabel="slot", xlim=(-0.6, len(trace.host_loss) - 0.4))
+        below.set(xlabel=epoch, ylabel="slot", xlim=(trace.first - 0.6, trace.first + len(trace.host_loss) - 0.4))
         below.set_yticks(range(len(names)), names)
         below.set_ylim(len(names) - 0.5, -0.5)  # the first slot on top
         below.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -136,7 +138,7 @@ def lifecycle_chart(
 
 
 def _draw_losses(axes: Axes, trace: Trace, host: str, twin: str) -> None:
-    moments = range(len(trace.host_loss))
+    moments = range(trace.first, trace.first + len(trace.host_loss))
     marker = "o" if len(moments) == 1 else ""  # a line of one point cannot be seen
     if trace.twin_loss is not None:
         axes.plot(moments, _finite(trace.twin_loss), color=_TWIN, marker=marker, label=twin)
@@ -156,7 +158,7 @@ def _draw_slots(axes: Axes, trace: Trace, small: bool) -> None:
         # Rows are numbered downwards, and seeds grow upwards.
         base = slot + _BASE
         top = base - _THIN - (_TALL - _THIN) * trace.alpha[first][slot]
-        left, right = first - 0.5, last + 0.5
+        left, right = trace.first + first - 0.5, trace.first + last + 0.5
         corners.append([(left, base), (left, top), (right, top), (right, base)])
         colours.append(COLOURS[stage])
         planted = first == 0 or trace.blueprint[first - 1][slot] != kind

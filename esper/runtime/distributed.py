@@ -9,6 +9,7 @@ import functools
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -37,12 +38,12 @@ class World:
     Attributes:
         asked: the number of the signal that has come to this process, or None.
         seconds: spent in exchanges so far, waiting for other processes included.
-        bytes: that this process has put into sums so far.
+        sums: how many sums of that many bytes there have been.
     """
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
-        self.seconds, self.bytes = 0.0, 0
+        self.seconds, self.sums = 0.0, Counter[int]()
         self._store: Any = None
         self.asked: Callable[[], int | None] = lambda: None
         self._stop: Callable[[], NoReturn]
@@ -149,7 +150,7 @@ class World:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         with self._exchange():
             dist.all_reduce(flat)
-        self.bytes += flat.nbytes
+        self.sums[flat.nbytes] += 1
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 

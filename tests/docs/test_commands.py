@@ -26,7 +26,8 @@ SCHEMAS = {
     "benchmark": config.BenchmarkConfig,
     "export": config.ExportConfig,
 }
-OTHERS = ("tensorboard", "pre-commit", "mkdocs", "ruff", "mypy", "pytest", "git", "cd", "until", "case", "docker")
+OTHERS = (".", "tensorboard", "pre-commit", "mkdocs", "ruff", "mypy", "pytest", "git", "cd", "until", "case", "docker",
+          "apt-get", "kubectl", "python3", "sbatch")  # fmt: skip
 _INLINE = re.compile(r"`((?:python|esper-\w+|scripts/\S+\.sh|\.ci/run|pip install)(?: [^`]+)?)`")
 
 

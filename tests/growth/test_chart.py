@@ -61,6 +61,14 @@ def test_losses_have_gaps_where_they_are_not_finite(trace):
     assert len(lifecycle_chart(replace(trace, twin_loss=None)).axes[0].lines) == 1
 
 
+def test_moments_are_counted_from_the_first(trace):
+    above, below = lifecycle_chart(replace(trace, first=1)).axes
+    assert [list(line.get_xdata()) for line in above.lines] == [[1, 2, 3, 4, 5]] * 2
+    assert [(left, right) for left, right, *_ in bars(below)[1]] == [(0.5, 1.5), (1.5, 4.5), (4.5, 5.5)]
+    assert [text.get_position()[0] for text in below.texts] == [1.5, 0.5, 4.5]
+    assert below.get_xlim() == pytest.approx((0.4, 5.6))
+
+
 def test_names_of_slots(trace):
     labels = [label.get_text() for label in lifecycle_chart(trace).axes[1].get_yticklabels()]
     assert labels == ["0", "1"]

@@ -129,3 +129,19 @@ def test_what_was_given_and_how_it_ended_goes_into_the_same_run(tmp_path):
     experiment = HParamsPluginData.FromString(accumulator.SummaryMetadata(EXPERIMENT).plugin_data.content).experiment
     assert [metric.name.tag for metric in experiment.metric_infos] == ["eval/tamiyo"]
     assert points(tmp_path, "eval/tamiyo") == [(10, 0.25)]
+
+
+def test_a_run_that_ended_again_shows_what_it_was_given_last(tmp_path):
+    for number in range(3):
+        telemetry = Telemetry(tmp_path, resumed_at=10 * number if number else None)
+        telemetry.log(10 * number + 10, {"x": float(number)})
+        telemetry.outcome(10 * number + 10, {"ppo.total_steps": 10 * number + 10}, ["x", "eval/y"][: number + 1])
+        telemetry.close()
+    accumulator = EventAccumulator(str(tmp_path / "tb"))
+    accumulator.Reload()
+    found = accumulator.SummaryMetadata(START).plugin_data.content
+    assert HParamsPluginData.FromString(found).session_start_info.hparams["ppo.total_steps"].number_value == 30
+    experiment = HParamsPluginData.FromString(accumulator.SummaryMetadata(EXPERIMENT).plugin_data.content).experiment
+    assert [metric.name.tag for metric in experiment.metric_infos] == ["x", "eval/y"]
+    assert points(tmp_path, "x") == [(10, 0.0), (20, 1.0), (30, 2.0)]
+    assert len(list((tmp_path / "tb").iterdir())) == 4  # one for each time it was started, and the last outcome

@@ -2,6 +2,7 @@ import re
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from trainers import board
 from trainers.config import TrainConfig
@@ -54,6 +55,8 @@ def test_a_run_tells_what_it_is_how_it_ended_and_what_it_looks_like(run, run_tra
     assert "96 done of 128" in cards[-1].tensor_proto.string_val[0].decode()
     layouts = {event.tensor_proto.string_val[0] for event in resumed.Tensors("custom_scalars__config__")}
     assert len(layouts) == 1
+    given = resumed.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert HParamsPluginData.FromString(given).session_start_info.hparams["ppo.total_steps"].number_value == 128
     assert [point.step for point in resumed.Scalars("train/loss")] == [32, 64, 96, 128]
 
 

@@ -16,8 +16,9 @@ from esper.graph import GraphBatch
 from esper.tamiyo import export, loading
 from esper.tamiyo.actor import Actor
 from trainers import export as command
+from trainers import train
 
-from .conftest import call
+from .conftest import TINY, call
 
 # Of other sizes than those that were traced with, and than each other; among them one graph of one slot and blueprint.
 GRAPHS = {
@@ -61,14 +62,42 @@ def run_export(tmp_path, monkeypatch, capsys):
     return lambda *overrides: call(command.main, overrides, monkeypatch, capsys)
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run whose policy has a layer of each kind, and no more, for each takes seconds to trace."""
+    folder = tmp_path_factory.mktemp("exported")
+    layers = "policy.hidden=[16,16]", "policy.convolutions=[sage,gat]", "policy.heads=4", "ppo.lr=0.01"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["esper", *TINY, *layers])
+        with pytest.raises(SystemExit) as exit:
+            train.main()
+    assert not exit.value.code
+    (found,) = (folder / "runs" / "digits").iterdir()
+    return found
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """`program_of` that traces the one policy of this module once: formats differ in what they make of its program."""
+    programs = []
+
+    def program_of(policy, interface):
+        if not programs:
+            programs.append(original(policy, interface))
+        return programs[0]
+
+    original = export.program_of
+    return program_of
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # tracing takes minutes on a busy machine
 @pytest.mark.parametrize("form", export.FORMATS)
-def test_a_file_acts_as_the_checkpoint_where_there_is_no_esper(form, run_train, run_export, tmp_path):
+def test_a_file_acts_as_the_checkpoint_where_there_is_no_esper(form, run, traced, run_export, tmp_path, monkeypatch):
     if form == export.ONNX and find_spec("onnxruntime") is None:
         pytest.skip("onnxruntime is not installed")
-    layers = "policy.hidden=[16,16]", "policy.convolutions=[sage,gat]", "ppo.lr=0.01"
-    run = run_train("policy.heads=4", *layers).run_dir
+    monkeypatch.setattr(export, "program_of", traced)
     file = tmp_path / "exported" / f"policy{export.ENDINGS[form]}"
     result = run_export(f"checkpoint={run}", f"format={form}", f"out={file}")
     assert result.code == 0, result.err

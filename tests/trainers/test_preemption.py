@@ -100,6 +100,21 @@ def test_before_there_is_anything_to_save_a_signal_ends_the_process_with_its_own
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("entry", ["benchmark", "export"])
+def test_commands_that_save_nothing_underway_end_with_one_line(entry: str, number: signal.Signals) -> None:
+    code = (
+        f"import os\nfrom trainers import {entry}\n"
+        f"{entry}.cli.run = lambda *_: os.kill(os.getpid(), {int(number)}) or print('still here', flush=True)\n"
+        f"{entry}.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 130
+    assert done.stderr == f"error: stopped by {number.name} before there was anything to save; start it again\n"
+    assert not done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("marker", "overrides", "number"),
     [

@@ -545,6 +545,18 @@ def test_multirun(run_train, tmp_path):
     assert [newest(run)["config"]["seed"] for run in runs] == [1, 2]
 
 
+@pytest.mark.slow
+def test_output_that_nobody_reads_is_one_line() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "trainers.train", "--help"], stdout=write, stderr=subprocess.PIPE, text=True, timeout=240
+    )
+    os.close(write)
+    assert done.returncode == 2
+    assert done.stderr == "error: whoever read what is printed has gone; print to a file instead\n"
+
+
 def test_help(run_train):
     result = run_train("--help", tiny=False)
     assert result.code == 0
