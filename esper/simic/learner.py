@@ -154,8 +154,7 @@ class Simic:
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """Policy, optimiser, scaler, normaliser and counters, which are alike in all processes, and `generator`, which is
-        not."""
+        """Policy, optimiser, scaler, normaliser and counters, alike in all processes, and `generator`, which is not."""
         return {
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -242,3 +242,24 @@ def test_environments_that_cannot_be_made(id, kwargs, message):
     with pytest.raises(ConfigError, match=message) as raised:
         GymEnv(GymConfig(id=id, kwargs=kwargs), 1)
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_what_several_have_seen_counts_once() -> None:
+    """Three normalisers that begin alike, of which one sees nothing, and merge twice; against all numbers in one."""
+    data = np.random.default_rng(0).normal([3.0, -50.0], [2.0, 0.1], (60, 2))
+    whole, parts = Normalizer(2), [Normalizer(2) for _ in range(3)]
+    for x in data[:20]:
+        whole.learn(x)
+    for part in parts:
+        part.load_state_dict(whole.state_dict())
+    for begin, end in ((20, 33), (33, 60)):
+        for number, x in enumerate(data[begin:end]):
+            whole.learn(x)
+            parts[number % 2].learn(x)
+        states = [part.state_dict() for part in parts]
+        for part in parts:
+            part.merge(states)
+        for part in parts:
+            assert part.state_dict()["count"] == end
+            for name in ("mean", "squares"):
+                torch.testing.assert_close(part.state_dict()[name], whole.state_dict()[name], rtol=1e-9, atol=1e-9)
