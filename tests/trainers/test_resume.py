@@ -152,9 +152,9 @@ def stopping(honest: Callable[..., Any], calls_left: list[int]) -> Callable[...,
 CHECKED = ("format_version", "schema_hash", "interface", "config", "learner/skipped/1")
 # Each is one piece, whatever it is made of.
 WHOLE = (
-    "window", "processes/0/rng/python", "processes/0/rng/numpy", "learner/policy", "learner/scaler", "learner/optimizer/state",
-    "learner/optimizer/param_groups", "processes/0/env/population/seed_theta", "processes/0/env/population/seed_exp_avg",
-    "processes/0/env/population/seed_exp_avg_sq",
+    "window", "processes/0/rng/python", "processes/0/rng/numpy", "learner/policy", "learner/scaler",
+    "learner/optimizer/state", "learner/optimizer/param_groups", "processes/0/env/population/seed_theta",
+    "processes/0/env/population/seed_exp_avg", "processes/0/env/population/seed_exp_avg_sq",
 )  # fmt: skip
 
 
