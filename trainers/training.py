@@ -101,6 +101,8 @@ def _main(given: DictConfig) -> float | None:
                 raise Interrupted(f"stopped by {stop.name} before there was anything to save; start it again") from stop
             go_on = f"go on with: python -m trainers.train resume={run_dir}"
             raise Preempted(f"stopped by {stop.name} outside of training, all of it is saved; {go_on}") from stop
+        finally:
+            world.close()  # otherwise threads that still run would abort the process
     return objective(run_dir) if world.first else None
 
 

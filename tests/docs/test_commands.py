@@ -27,7 +27,7 @@ SCHEMAS = {
     "export": config.ExportConfig,
 }
 OTHERS = (".", "tensorboard", "pre-commit", "mkdocs", "ruff", "mypy", "pytest", "git", "cd", "until", "case", "docker",
-          "apt-get", "kubectl", "python3", "sbatch")  # fmt: skip
+          "apt-get", "kubectl", "python3", "sbatch", "torchrun")  # fmt: skip
 _INLINE = re.compile(r"`((?:python|esper-\w+|scripts/\S+\.sh|\.ci/run|pip install)(?: [^`]+)?)`")
 
 

@@ -111,9 +111,10 @@ def _row(size: int, kind: str, hosts: int, turns: Sequence[list[dict[str, Any]]]
     """Of one case; an iteration takes as long as its slowest process."""
     first = turns[0][0]
     seconds = [max(answer["s"] for answer in answers) for answers in turns]
-    # All wait for the slowest one: the least that any has spent in exchanges is what they take themselves.
-    least = [min(answer["exchange_s"] for answer in answers) for answers in turns]
-    mean = [float(np.mean([answer["exchange_s"] for answer in answers])) for answers in turns]
+    # Each waits for the last to come to it, whose own time is what an exchange takes.
+    exchanges = [np.array([answer["exchanges_s"] for answer in answers]) for answers in turns]
+    least = [float(times.min(0).sum()) for times in exchanges]
+    mean = [float(times.mean(0).sum()) for times in exchanges]
     return {
         "processes": size,
         "environments": hosts,

@@ -11,13 +11,16 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from envs.config import load_config
-from esper.runtime.distributed import World, launched
+from esper.runtime import launch
+from esper.runtime.distributed import World
 from esper.simic.config import PPOConfig
 from trainers.config import RuntimeConfig, TrainConfig, load_policy
 from trainers.loop import Trainer
@@ -25,14 +28,29 @@ from trainers.loop import Trainer
 _EXCHANGES = 20  # of which the mean is taken
 
 
-def _iterated(trainer: Trainer, world: World) -> dict[str, Any]:
+class _Timed(World):
+    """Keeps the time of each exchange."""
+
+    def __init__(self, rank: int, size: int):
+        super().__init__(rank, size)
+        self.each: list[float] = []
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        before = self.seconds
+        with super()._exchange():
+            yield
+        self.each.append(self.seconds - before)
+
+
+def _iterated(trainer: Trainer, world: _Timed) -> dict[str, Any]:
     world.total([torch.zeros(1)])  # all begin at once
     world.sums.clear()
-    start, exchanging = time.perf_counter(), world.seconds
+    world.each.clear()
+    start = time.perf_counter()
     trainer.iterate()
     taken = time.perf_counter() - start
-    sums = sorted(world.sums.items())
-    return {"s": taken, "exchange_s": world.seconds - exchanging, "steps": trainer.steps_per_iteration, "sums": sums}
+    return {"s": taken, "exchanges_s": world.each, "steps": trainer.steps_per_iteration, "sums": [*world.sums.items()]}
 
 
 def _exchanged(world: World, count: int) -> dict[str, Any]:
@@ -54,7 +72,7 @@ def main() -> None:
         ppo=PPOConfig(total_steps=10**9),
         runtime=RuntimeConfig(**settings["runtime"]),
     )
-    world = launched()
+    world = _Timed(launch.rank(), launch.size())
     world.connect(train.runtime.patience_s)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(train, Path(folder), world=world)
