@@ -23,6 +23,7 @@ from trainers.benchmarks.timing import Spread
 from trainers.config import BenchmarkConfig
 from trainers.progress import Reporter
 
+_APART = "in runs apart"
 _COUNTS = [1, 256, 4096, 65_536, 262_144, 1_048_576, 4_194_304]  # numbers that are added up
 
 
@@ -32,21 +33,27 @@ class Members:
     Args:
         size: how many.
         settings: of `trainers.benchmarks.member`.
+        apart: each is a run by itself.
 
     Raises:
         TrainingError: one has ended.
     """
 
-    def __init__(self, size: int, settings: dict[str, Any]):
+    def __init__(self, size: int, settings: dict[str, Any], apart: bool):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        world = {
+            "WORLD_SIZE": "1" if apart else str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+        }
         command = [sys.executable, "-m", "trainers.benchmarks.member", json.dumps(settings)]
         self._processes = [
             subprocess.Popen(
                 command,
-                env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env={**os.environ, **world, "RANK": "0" if apart else str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -79,16 +86,20 @@ class Members:
 @suite("distributed")
 def run(config: BenchmarkConfig) -> Report:
     """Iterations of the default configuration on `benchmark.processes`: as many environments in all (strong scaling),
-    and as many in each process (weak scaling); in turns."""
+    as many in each process (weak scaling), and the latter in runs apart, which tell how much of the machine is left to
+    the second of two processes that have nothing to do with each other; in turns."""
     settings, hosts = config.benchmark, load_config("digits").num_envs
     sizes = sorted({1, *settings.processes})
     cases = [(size, "in all", hosts) for size in sizes]
-    cases += [(size, "in each process", size * hosts) for size in sizes if size > 1]
+    cases += [(size, kind, size * hosts) for size in sizes if size > 1 for kind in ("in each process", _APART)]
     given = {"seed": config.seed, "policy": settings.policies[0], "runtime": asdict(config.runtime)}
     found: list[list[list[dict[str, Any]]]] = [[] for _ in cases]
     exchanges: dict[int, list[dict[str, Any]]] = {}
     with Reporter("benchmark", settings.iterations + 1, "iterations of each") as reporter:
-        worlds = [Members(size, {**given, "hosts": count}) for size, _, count in cases]
+        worlds = [
+            Members(size, {**given, "hosts": count // size if kind == _APART else count}, kind == _APART)
+            for size, kind, count in cases
+        ]
         try:
             for number in range(settings.iterations + 1):  # the first one, which compiles, does not count
                 for members, own in zip(worlds, found, strict=True):
@@ -110,6 +121,7 @@ def run(config: BenchmarkConfig) -> Report:
 def _row(size: int, kind: str, hosts: int, turns: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
     """Of one case; an iteration takes as long as its slowest process."""
     first = turns[0][0]
+    steps = first["steps"] * (size if kind == _APART else 1)
     seconds = [max(answer["s"] for answer in answers) for answers in turns]
     # Each waits for the last to come to it, whose own time is what an exchange takes.
     exchanges = [np.array([answer["exchanges_s"] for answer in answers]) for answers in turns]
@@ -119,8 +131,8 @@ def _row(size: int, kind: str, hosts: int, turns: Sequence[list[dict[str, Any]]]
         "processes": size,
         "environments": hosts,
         "kind": kind,
-        "steps": first["steps"],
-        "steps_per_s": [first["steps"] / s for s in seconds],
+        "steps": steps,
+        "steps_per_s": [steps / s for s in seconds],
         "communication": [c / s for c, s in zip(least, seconds, strict=True)],
         "communication_and_waiting": [c / s for c, s in zip(mean, seconds, strict=True)],
         "sums": first["sums"],  # (bytes, how many) of an iteration
@@ -142,7 +154,8 @@ def _ratios(rows: list[dict[str, Any]]) -> dict[str, Ratio]:
         name = f"{row['processes']} processes, {row['environments']} environments {row['kind']}"
         turns = zip(row["steps_per_s"], alone["steps_per_s"], strict=True)
         found[f"{name}: steps/s, times those of one process"] = Ratio.of(a / b for a, b in turns)
-        found[f"{name}: share of time in communication"] = Ratio.of(row["communication"], LOWER)
+        if row["kind"] != _APART:
+            found[f"{name}: share of time in communication"] = Ratio.of(row["communication"], LOWER)
     return found
 
 
