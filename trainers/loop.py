@@ -22,7 +22,7 @@ from esper.graph.interface import GROWTH
 from esper.runtime import checkpoint, seeding
 from esper.runtime.distributed import ALONE, World
 from esper.runtime.errors import ConfigError, EsperError, Preempted, TrainingError
-from esper.runtime.telemetry import Telemetry
+from esper.runtime.telemetry import METRICS_FILE, Telemetry
 from esper.simic.learner import Simic
 from esper.simic.rollout import Rollout
 from esper.tamiyo.actor import Actor
@@ -168,7 +168,8 @@ class Trainer:
                     telemetry.close()
 
     def _telemetry(self) -> Telemetry:
-        resumed_at = self.step if self.iteration else None
+        begun = (self.run_dir / METRICS_FILE).exists()  # also by an attempt that did not come to a checkpoint
+        resumed_at = self.step if self.iteration or begun else None
         with self._files_guarded("open the logs"):
             telemetry = Telemetry(self.run_dir, resumed_at, board.LAYOUT)
             size = sum(parameter.numel() for parameter in self.policy.parameters())

@@ -146,6 +146,13 @@ def stopping(honest: Callable[..., Any], calls_left: list[int]) -> Callable[...,
     return called
 
 
+def test_a_start_anew_in_the_same_place_takes_back_what_was_logged(make: Make) -> None:
+    """As after a restart by torchrun, where there was no checkpoint yet."""
+    first = make("env=segment")
+    _, _, logged = whole(first)
+    assert whole(make("env=segment", folder=first.run_dir))[2] == logged
+
+
 # ---- every piece of the state is needed ---------------------------------------------------------------------------
 
 # Neither has an effect of its own here: checked when a run is resumed, and (the last) tested in tests/simic.
