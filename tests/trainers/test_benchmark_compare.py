@@ -8,7 +8,7 @@ import pytest
 
 from esper.growth.observation import Observer
 from trainers import benchmark, benchmarks
-from trainers.benchmarks import checkpoint, comparison, env, pooling, rows
+from trainers.benchmarks import checkpoint, comparison, distributed, env, pooling, rows
 from trainers.benchmarks.comparison import Verdict
 from trainers.benchmarks.ratios import HIGHER, LOWER, Ratio
 from trainers.benchmarks.rows import FLOOR, Row
@@ -36,6 +36,7 @@ def run(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def mine(monkeypatch):
     """A suite that finds the ratio that is set."""
+    benchmarks.get("env")  # imports them all, before they are copied
     monkeypatch.setattr(benchmarks, "SUITES", dict(benchmarks.SUITES))
     found = {"case: mine": Ratio(2.0)}
     benchmarks.suite("mine")(lambda config: benchmarks.Report({"ratios": found}, []))
@@ -295,6 +296,8 @@ def test_committed_ratios_follow_from_what_was_measured(path):
         expected = env.ratios(content["results"], content["config"]["benchmark"]["hosts"])
     elif path.stem == "checkpoint":
         expected = checkpoint.ratios(content["results"])
+    elif path.stem == "distributed":
+        expected = distributed.ratios(content["rows"])
     else:
         rivals = pooling.RIVALS if path.stem == "pooling" else ()
         expected = rows.ratios([Row(**row) for row in content["rows"]], rivals)

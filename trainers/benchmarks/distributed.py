@@ -113,9 +113,9 @@ def run(config: BenchmarkConfig) -> Report:
             for members in worlds:
                 members.close()
     rows = [_row(*case, own) for case, own in zip(cases, found, strict=True)]
-    ratios = _ratios(rows)
-    content = {"ratios": ratios, "rows": rows, "exchanges": [_line(*each) for each in exchanges.items()]}
-    return Report(content, [_table(rows, ratios)])
+    times = ratios(rows)
+    content = {"ratios": times, "rows": rows, "exchanges": [_line(*each) for each in exchanges.items()]}
+    return Report(content, [_table(rows, times)])
 
 
 def _row(size: int, kind: str, hosts: int, turns: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -147,7 +147,8 @@ def _line(size: int, measured: list[dict[str, Any]]) -> dict[str, Any]:
     return {"processes": size, "alpha_s": float(alpha), "beta_s_per_byte": float(beta), "measured": measured}
 
 
-def _ratios(rows: list[dict[str, Any]]) -> dict[str, Ratio]:
+def ratios(rows: list[dict[str, Any]]) -> dict[str, Ratio]:
+    """What the suite compares: the rows after the first against it, in the turns in which they were measured."""
     alone, *others = rows
     found = {}
     for row in others:
