@@ -22,7 +22,7 @@ case "$*" in
   *) note "$@"; echo "1 passed"; [ "${FAIL-}" != "$PYTHONPATH" ] ;;
 esac
 """
-WITHOUT = "-m pytest --durations=40|0|"
+WITHOUT = "-m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal --durations=40|0|"
 INSTALL = "pip install {wheels}/torch-2-cpython/torch_scatter-9-x.whl|{variable}|"
 TESTS = ("graph/test_segment", "tamiyo/test_encoder", "trainers/test_matrix", "trainers/test_pooling")
 WITH = f"-m pytest {' '.join(f'tests/{name}.py' for name in TESTS)}||path"
