@@ -23,7 +23,7 @@ from trainers.benchmarks.timing import Spread
 from trainers.config import BenchmarkConfig
 from trainers.progress import Reporter
 
-_APART = "in runs apart"
+_EACH, _APART = "in each process", "in each of runs apart"
 _COUNTS = [1, 256, 4096, 65_536, 262_144, 1_048_576, 4_194_304]  # numbers that are added up
 
 
@@ -91,13 +91,13 @@ def run(config: BenchmarkConfig) -> Report:
     settings, hosts = config.benchmark, load_config("digits").num_envs
     sizes = sorted({1, *settings.processes})
     cases = [(size, "in all", hosts) for size in sizes]
-    cases += [(size, kind, size * hosts) for size in sizes if size > 1 for kind in ("in each process", _APART)]
+    cases += [(size, kind, hosts) for size in sizes if size > 1 for kind in (_EACH, _APART)]
     given = {"seed": config.seed, "policy": settings.policies[0], "runtime": asdict(config.runtime)}
     found: list[list[list[dict[str, Any]]]] = [[] for _ in cases]
     exchanges: dict[int, list[dict[str, Any]]] = {}
     with Reporter("benchmark", settings.iterations + 1, "iterations of each") as reporter:
         worlds = [
-            Members(size, {**given, "hosts": count // size if kind == _APART else count}, kind == _APART)
+            Members(size, {**given, "hosts": count * size if kind == _EACH else count}, kind == _APART)
             for size, kind, count in cases
         ]
         try:
