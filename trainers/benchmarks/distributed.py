@@ -133,6 +133,8 @@ def _row(size: int, kind: str, hosts: int, turns: Sequence[list[dict[str, Any]]]
         "kind": kind,
         "steps": steps,
         "steps_per_s": [steps / s for s in seconds],
+        "collect_s": [max(answer["collect_s"] for answer in answers) for answers in turns],
+        "update_s": [max(answer["update_s"] for answer in answers) for answers in turns],
         "communication": [c / s for c, s in zip(least, seconds, strict=True)],
         "communication_and_waiting": [c / s for c, s in zip(mean, seconds, strict=True)],
         "sums": first["sums"],  # (bytes, how many) of an iteration

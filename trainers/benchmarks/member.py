@@ -48,9 +48,15 @@ def _iterated(trainer: Trainer, world: _Timed) -> dict[str, Any]:
     world.sums.clear()
     world.each.clear()
     start = time.perf_counter()
-    trainer.iterate()
-    taken = time.perf_counter() - start
-    return {"s": taken, "exchanges_s": world.each, "steps": trainer.steps_per_iteration, "sums": [*world.sums.items()]}
+    scalars = trainer.iterate()
+    return {
+        "s": time.perf_counter() - start,
+        "collect_s": scalars["perf/collect_s"],
+        "update_s": scalars["perf/update_s"],
+        "exchanges_s": world.each,
+        "steps": trainer.steps_per_iteration,
+        "sums": [*world.sums.items()],
+    }
 
 
 def _exchanged(world: World, count: int) -> dict[str, Any]:
