@@ -17,12 +17,12 @@ from esper.attention.backends import BACKENDS
 from esper.attention.compiled import executables
 from esper.attention.events import Access, Selection, Summary, listening
 from esper.attention.inputs import Edges, Inputs
-from esper.attention.selection import asked, configure, resolved, select, using
+from esper.attention.selection import AUTO, asked, configure, resolved, select, using
 from esper.attention.spec import KINDS, AttentionSpec, Facts
 
 __all__ = [
-    "BACKENDS", "KINDS", "Access", "AttentionSpec", "Edges", "Facts", "Selection", "Summary", "attend", "attend_edges",
-    "backend_of", "cache_info", "configure", "edge_spec", "executables", "listening", "scalars", "select", "using",
+    "AUTO", "BACKENDS", "KINDS", "Access", "AttentionSpec", "Edges", "Facts", "Selection", "Summary", "asked", "attend",
+    "attend_edges", "backend_of", "cache_info", "configure", "edge_spec", "executables", "listening", "scalars", "select", "using",
 ]  # fmt: skip
 
 

@@ -205,7 +205,7 @@ def doubled(graph: GraphBatch) -> GraphBatch:
 def test_segment_attends_by_any_backend_of_attention(
     randomise: Callable[..., Any], graph: GraphBatch, backend: str, parallel: bool
 ) -> None:
-    """Densities are 0.11 to 0.5, so that `auto` takes lists of edges for some relations and dense scores for others."""
+    """And takes lists of edges unless another one is asked for, though densities are 0.11 to 0.5."""
     encoder = randomise(Encoder(SMALL, HIDDEN, HEADS, READ, "pyg"), scale=0.6)
     graph = doubled(graph) if parallel else graph
 
@@ -215,8 +215,10 @@ def test_segment_attends_by_any_backend_of_attention(
 
     expected = outputs()
     encoder.backend = "segment"
-    with attention.using(backend):
+    chosen = []
+    with attention.using(backend), attention.listening(chosen.append):
         forced = outputs()
+    assert {event.backend for event in chosen} <= {"segment" if backend == "auto" else backend}
     for value, right in zip(forced, expected, strict=True):
         torch.testing.assert_close(value, right, atol=1e-5, rtol=1e-4)
 

@@ -139,9 +139,11 @@ def _gat(layer: GatLayer, shape: Shape, depth: int, h: dict[str, Tensor], edges:
 
 
 def _is_dense(part: _Part, sent: Tensor) -> bool:
-    """Whether the attention of a relation is computed by itself, from a score for every possible edge."""
+    """Whether the attention of a relation is computed by itself, from a score for every possible edge: where that is asked
+    for. Relations that stay lists are reduced all at once, which was faster however dense they were (`suite=encoder`)."""
     spec = attention.edge_spec(part.own, sent, torch.is_grad_enabled() and sent.requires_grad)
-    return attention.backend_of(spec) != "segment"
+    wish, _ = attention.asked(None)
+    return attention.backend_of(spec, "segment" if wish == attention.AUTO else None) != "segment"
 
 
 def _gathered(score: Tensor, sent: Tensor, edges: _Edges, without: list[_Part]) -> Tensor:
