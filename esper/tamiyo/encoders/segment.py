@@ -139,8 +139,9 @@ def _gat(layer: GatLayer, shape: Shape, depth: int, h: dict[str, Tensor], edges:
 
 
 def _is_dense(part: _Part, sent: Tensor) -> bool:
-    """Whether the attention of a relation is computed by itself, from a score for every possible edge: where that is asked
-    for. Relations that stay lists are reduced all at once, which was faster however dense they were (`suite=encoder`)."""
+    """Whether the attention of a relation is computed by itself, from a score for every possible edge: where that is
+    asked for. Lists are reduced for all relations at once, which was faster however dense they were (`suite=encoder`).
+    """
     spec = attention.edge_spec(part.own, sent, torch.is_grad_enabled() and sent.requires_grad)
     wish, _ = attention.asked(None)
     return attention.backend_of(spec, "segment" if wish == attention.AUTO else None) != "segment"
