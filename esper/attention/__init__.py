@@ -22,8 +22,8 @@ from esper.attention.spec import KINDS, AttentionSpec, Facts
 
 __all__ = [
     "AUTO", "BACKENDS", "KINDS", "Access", "AttentionSpec", "Edges", "Facts", "Selection", "Summary", "asked", "attend",
-    "attend_edges", "backend_of", "cache_info", "configure", "edge_spec", "executables", "listening", "scalars", "select",
-    "using",
+    "attend_edges", "backend_of", "cache_info", "configure", "edge_spec", "executables", "listening", "scalars",
+    "select", "using",
 ]  # fmt: skip
 
 
