@@ -51,8 +51,10 @@ _SHORT = ["warm_start.episodes=1792", "ppo.total_steps=200_000"]
 VARIANTS: dict[str, list[str]] = {
     "short": _SHORT,
     "supervised": ["warm_start.episodes=1792", "ppo.total_steps=1", "ppo.lr=1e-9"],
+    "huber": [*_SHORT, "warm_start.huber=0.02"],
     "from_scratch": ["warm_start.episodes=0", "ppo.total_steps=200_000"],
     "foresight": [*_SHORT, "env.reward.foresight=true", "ppo.gae_lambda=0.9"],
+    "huber_foresight": [*_SHORT, "warm_start.huber=0.02", "env.reward.foresight=true", "ppo.gae_lambda=0.9"],
     "pooled": [*_SHORT, "policy.encoder=pooled"],
     "no_edges": [*_SHORT, "policy.edge_attributes=false"],
     "sage_only": [*_SHORT, "policy.convolutions=[sage,sage,sage,sage]"],

@@ -140,6 +140,7 @@ class WarmStartConfig:
     epochs: int = 8  # passes over the decisions
     batch_size: int = 128  # decisions
     lr: float = 2e-3  # highest of one cycle
+    huber: float | None = None  # return; errors above it count by their size, not by their square
     temperature: float = 0.015  # return by which a prediction must be larger for the action to be e times as probable
     caution: float = 3.0  # added to the logit of WAIT
 
@@ -159,7 +160,8 @@ class WarmStartConfig:
             if env.epochs < 3:
                 raise ConfigError(f"env.epochs={env.epochs}: a warm start needs at least 3; set warm_start.episodes=0")
         names = ("tried", "epochs", "batch_size", "lr", "temperature")
-        check_positive("warm_start", {name: getattr(self, name) for name in names})
+        given = {name: getattr(self, name) for name in names}
+        check_positive("warm_start", given if self.huber is None else {**given, "huber": self.huber})
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,7 +63,8 @@ def run(
 
 
 def fit(policy: Tamiyo, config: EnvConfig, settings: WarmStartConfig, seed: int, found: dict[str, Tensor]) -> None:
-    """Regression: an action's logit is to be above WAIT's by what the action gains, in units of UNIT."""
+    """Regression: an action's logit is to be above WAIT's by what the action gains, in units of UNIT. With
+    `settings.huber`, errors above it count by their size (Huber, "Robust estimation of a location parameter", 1964)."""
     generator = torch.Generator().manual_seed(int(seeding.fold(torch.tensor(seed), _SALT)))
     of, count = fork_gains.layout(config), len(found["gains"])
     device = next(policy.parameters()).device
@@ -71,6 +73,8 @@ def fit(policy: Tamiyo, config: EnvConfig, settings: WarmStartConfig, seed: int,
     batch = min(settings.batch_size, count)
     steps = settings.epochs * (count // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=steps)
+    beta = None if settings.huber is None else settings.huber / UNIT
+    error = nn.functional.mse_loss if beta is None else partial(nn.functional.smooth_l1_loss, beta=beta)
     done = 0
     with Reporter("warm start: regression", steps, "steps") as reporter:
         for _ in range(settings.epochs):
@@ -78,7 +82,7 @@ def fit(policy: Tamiyo, config: EnvConfig, settings: WarmStartConfig, seed: int,
                 graph = fork_gains.graphs(found, of, rows).to(device)
                 logits, _ = policy(graph)
                 predicted = logits.gather(1, found["actions"][rows].to(device)) - logits[:, WAIT, None]
-                loss = (predicted - targets[rows].to(device)).square().mean()
+                loss = error(predicted, targets[rows].to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(policy.parameters(), _MAX_NORM)

@@ -73,6 +73,25 @@ def test_it_learns_what_actions_gain(config, found):
     assert error() < 0.6 * before
 
 
+def test_large_errors_count_by_their_size(config, found, monkeypatch):
+    gains = found["gains"]
+    torch.manual_seed(0)
+    policy = Tamiyo(PolicyConfig(hidden=[16, 16, 16, 16]))
+    seen = []
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: seen.append(loss.detach()))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    with torch.no_grad():
+        logits, _ = policy(fork_gains.graphs(found, fork_gains.layout(config), slice(None)))
+    errors = logits.gather(1, found["actions"]) - logits[:, WAIT, None] - gains.clamp(-0.6, 0.6) / warm_start.UNIT
+    beta = 0.02 / warm_start.UNIT
+    by_hand = torch.where(errors.abs() < beta, errors.square() / (2 * beta), errors.abs() - beta / 2).mean()
+    for huber, expected in ((None, errors.square().mean()), (0.02, by_hand)):
+        seen.clear()
+        settings = WarmStartConfig(episodes=1, epochs=1, batch_size=len(gains), huber=huber)
+        warm_start.fit(policy, config, settings, 0, found)
+        torch.testing.assert_close(torch.stack(seen), expected[None])
+
+
 def test_acting_on_gains_by_hand(config):
     torch.manual_seed(0)
     policy = Tamiyo(PolicyConfig(hidden=[16, 16, 16, 16]))
@@ -135,6 +154,8 @@ def test_bad_settings():
     for name in ("tried", "epochs", "batch_size", "lr", "temperature"):
         with pytest.raises(ConfigError, match=rf"warm_start\.{name}=0: must be above 0"):
             WarmStartConfig(**{name: 0}).validate(segment)
+    with pytest.raises(ConfigError, match=r"warm_start\.huber=0\.0: must be above 0"):
+        WarmStartConfig(huber=0.0).validate(segment)
     with pytest.raises(ConfigError, match=r"warm_start\.episodes=-1: must not be negative"):
         WarmStartConfig(episodes=-1).validate(segment)
     with pytest.raises(ConfigError, match=r"env\.epochs=2: a warm start needs at least 3"):
