@@ -94,20 +94,27 @@ def test_light_windows_over_several_images(theirs: Make, randomise: Make, image:
     close(model(x), reference(x))
 
 
-def test_training_is_that_of_the_reference(small: Make, theirs: Make, image: Make) -> None:
+def test_training_is_that_of_the_reference(
+    small: Make, theirs: Make, image: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # In float64: batch normalisation over two values makes gradients that rounding changes by more than is asked here.
+    # The reference casts its position biases to float32, and keeps the mean colour in it.
     model = small(depth=(4, 1)).train().double()
     reference = theirs(model.spec).train().double()
     reference.load_state_dict(model.state_dict(), strict=True)
+    reference.mean = model.mean[None]
     x, factor = image(2, 20, 24).double(), image(2, 40, 48).double()
-    outputs = [network(x) for network in (model, reference)]
+    outputs = [model(x)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        outputs.append(reference(x))
     close(*outputs)
     for output in outputs:
         (output * factor).sum().backward()
     expected = {name: value.grad for name, value in reference.named_parameters()}
     for name, value in model.named_parameters():
-        # The reference keeps the mean colour in float32; some gradients are 0.
-        assert (value.grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
+        # Some gradients are 0.
+        assert (value.grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-9, name
     for name, value in reference.state_dict().items():
         close(model.state_dict()[name], value)  # running statistics
 
