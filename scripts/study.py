@@ -48,13 +48,15 @@ SCORERS = RUNS / "scorers.pt"
 STAGES = ("fit", "tune", "train", "play", "ablate")
 
 _SHORT = ["warm_start.episodes=1792", "ppo.total_steps=200_000"]
+_HUBER = ["warm_start.huber=0.02"]
+_FORESIGHT = ["env.reward.foresight=true", "ppo.gae_lambda=0.9"]
 VARIANTS: dict[str, list[str]] = {
     "short": _SHORT,
     "supervised": ["warm_start.episodes=1792", "ppo.total_steps=1", "ppo.lr=1e-9"],
-    "huber": [*_SHORT, "warm_start.huber=0.02"],
+    "huber": [*_SHORT, *_HUBER],
     "from_scratch": ["warm_start.episodes=0", "ppo.total_steps=200_000"],
-    "foresight": [*_SHORT, "env.reward.foresight=true", "ppo.gae_lambda=0.9"],
-    "huber_foresight": [*_SHORT, "warm_start.huber=0.02", "env.reward.foresight=true", "ppo.gae_lambda=0.9"],
+    "foresight": [*_SHORT, *_FORESIGHT],
+    "huber_foresight": [*_SHORT, *_HUBER, *_FORESIGHT],
     "pooled": [*_SHORT, "policy.encoder=pooled"],
     "no_edges": [*_SHORT, "policy.edge_attributes=false"],
     "sage_only": [*_SHORT, "policy.convolutions=[sage,sage,sage,sage]"],

@@ -160,8 +160,9 @@ class WarmStartConfig:
             if env.epochs < 3:
                 raise ConfigError(f"env.epochs={env.epochs}: a warm start needs at least 3; set warm_start.episodes=0")
         names = ("tried", "epochs", "batch_size", "lr", "temperature")
-        given = {name: getattr(self, name) for name in names}
-        check_positive("warm_start", given if self.huber is None else {**given, "huber": self.huber})
+        check_positive("warm_start", {name: getattr(self, name) for name in names})
+        if self.huber is not None:
+            check_positive("warm_start", {"huber": self.huber})
 
 
 @dataclass

@@ -73,8 +73,9 @@ def fit(policy: Tamiyo, config: EnvConfig, settings: WarmStartConfig, seed: int,
     batch = min(settings.batch_size, count)
     steps = settings.epochs * (count // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, total_steps=steps)
-    beta = None if settings.huber is None else settings.huber / UNIT
-    error = nn.functional.mse_loss if beta is None else partial(nn.functional.smooth_l1_loss, beta=beta)
+    error = nn.functional.mse_loss
+    if settings.huber is not None:
+        error = partial(nn.functional.smooth_l1_loss, beta=settings.huber / UNIT)
     done = 0
     with Reporter("warm start: regression", steps, "steps") as reporter:
         for _ in range(settings.epochs):

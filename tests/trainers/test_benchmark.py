@@ -235,7 +235,8 @@ def test_a_dishonest_comparison_is_refused(run, monkeypatch):
     [
         (
             ["suite=mars"],
-            "suite=mars: no such suite; choose one of actor, attention, checkpoint, dat, distributed",
+            "suite=mars: no such suite; choose one of actor, attention, checkpoint, dat, distributed, encoder, "
+            "end_to_end, env",
         ),
         (["benchmark.tasks=[mars]"], "benchmark.tasks=mars: env=mars: no such option; choose one of"),
         (["benchmark.tasks=[]"], "benchmark.tasks=[]: name at least one"),
