@@ -43,8 +43,8 @@ Written by `python scripts/config_reference.py`; do not edit it.
 All keys are Hydra overrides, `KEY=VALUE`; groups are chosen by `GROUP=OPTION`. `--help` of each command prints them
 with their present values. A key that does not exist, or a value that is not allowed, is refused in one line with exit
 code 2. Types are those of the schemas; `or null` means that `null` stands for something, too. Where *allowed* is empty,
-nothing is checked but the type. Defaults are those of the command as it is, with `env=digits`; an `experiment` or
-another option of a group may set others.
+nothing is checked but the type. Defaults are those of the command with `env=digits recipe=none`; the `recipe` of an
+environment (of its name, where there is one), an `experiment` or another option of a group may set others.
 """
 
 _SUITE = re.compile(r'^@suite\("(\w+)"\)', re.MULTILINE)
@@ -378,7 +378,7 @@ def rows_of(
 
 def train_sections() -> Iterator[tuple[str, str, list[Row]]]:
     """(title, text, rows) of `trainers.train`."""
-    given = composed("train", [])
+    given = composed("train", ["recipe=none"])
     config = OmegaConf.to_object(given)
     beside = comments_of(CONF / "train.yaml")
     parts = [field.name for field in dataclasses.fields(TrainConfig)]
@@ -428,7 +428,7 @@ def _first_comment(path: Path) -> str:
 def groups() -> str:
     """Every group and its options."""
     lines = ["| option | what it is |", "|---|---|"]
-    for folder in ("env", "env/contexts", "policy", "ppo", "runtime", "experiment"):
+    for folder in ("env", "env/contexts", "policy", "ppo", "runtime", "recipe", "experiment"):
         for path in sorted((CONF / folder).glob("*.yaml")):
             lines.append(f"| `{folder}={path.stem}` | {_first_comment(path)} |")
     return "\n".join(lines)

@@ -30,8 +30,8 @@ RESULT = ROOT / "scripts" / "results" / "kill_ranks.json"
 LIMIT_S = 30.0
 RUN_S = 20.0  # kills come within that time after the start
 SMALL = (
-    "env=digits", "env.num_envs=4", "env.epochs=8", "ppo.num_steps=8", "checkpoint.every=2", "evaluation.episodes=0",
-    "runtime.compile=false", "policy.hidden=[16,16,16,16]",
+    "env=digits", "recipe=none", "env.num_envs=4", "env.epochs=8", "ppo.num_steps=8", "checkpoint.every=2",
+    "evaluation.episodes=0", "runtime.compile=false", "policy.hidden=[16,16,16,16]",
 )  # fmt: skip
 STEPS = 1280  # forty iterations
 

@@ -33,7 +33,7 @@ EVERY_S = 10.0
 SHORTEST = 3  # minutes
 PARTS = 6
 REFERENCES, WORK = 5, 400_000
-ENDLESS = ("ppo.total_steps=1000000000", "evaluation.episodes=0")
+ENDLESS = ("recipe=none", "ppo.total_steps=1000000000", "evaluation.episodes=0")
 
 
 def sample(pid: int) -> dict[str, float]:

@@ -47,16 +47,17 @@ RUNS = ROOT / "runs" / "study"
 SCORERS = RUNS / "scorers.pt"
 STAGES = ("fit", "tune", "train", "play", "ablate")
 
-_SHORT = ["warm_start.episodes=1792", "ppo.total_steps=200_000"]
-_HUBER = ["warm_start.huber=0.02"]
-_FORESIGHT = ["env.reward.foresight=true", "ppo.gae_lambda=0.9"]
+_SHORT = ["warm_start.episodes=3584", "ppo.total_steps=200_000"]
+_DEFAULTS = ["ppo.lr=1e-3", "ppo.entropy_coef=0.003"]  # of PPO, which suit training from scratch
 VARIANTS: dict[str, list[str]] = {
     "short": _SHORT,
-    "supervised": ["warm_start.episodes=1792", "ppo.total_steps=1", "ppo.lr=1e-9"],
-    "huber": [*_SHORT, *_HUBER],
-    "from_scratch": ["warm_start.episodes=0", "ppo.total_steps=200_000"],
-    "foresight": [*_SHORT, *_FORESIGHT],
-    "huber_foresight": [*_SHORT, *_HUBER, *_FORESIGHT],
+    "supervised": ["warm_start.episodes=3584", "ppo.total_steps=1", "ppo.lr=1e-9"],
+    "from_scratch": ["warm_start.episodes=0", "ppo.total_steps=400_000", *_DEFAULTS],
+    "squared": [*_SHORT, "warm_start.huber=null"],
+    "soft": [*_SHORT, "warm_start.temperature=0.015", "warm_start.caution=2.67"],
+    "entropy": [*_SHORT, "ppo.entropy_coef=0.003"],
+    "faster": [*_SHORT, "ppo.lr=1e-3"],
+    "foresight": [*_SHORT, "env.reward.foresight=true", "ppo.gae_lambda=0.9"],
     "pooled": [*_SHORT, "policy.encoder=pooled"],
     "no_edges": [*_SHORT, "policy.edge_attributes=false"],
     "sage_only": [*_SHORT, "policy.convolutions=[sage,sage,sage,sage]"],
@@ -101,7 +102,7 @@ ROUNDS = ((256, None), (1024, 6), (4096, 3))
 """Instances of each round of tuning, and how many of the best knobs go on to it (successive halving)."""
 LOOKED = 128  # instances of the look-ahead's margin
 
-LABELS = 28  # chunks of labelled random episodes
+LABELS = 64  # chunks of labelled random episodes
 PLAYED = {"digits/sequential": 2048, "digits/mixture": 2048, "digits/repair": 1024, "digits/shift": 2048}
 PLAYED_ELSE = 512
 CEILING = 512  # instances of a ceiling

@@ -35,8 +35,8 @@ RESULT = ROOT / "scripts" / "results" / "torture.json"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 DAMAGED = 5  # a file is damaged after one in so many kills
 SMALL = (
-    "env=digits", "env.num_envs=4", "env.epochs=8", "ppo.num_steps=8", "ppo.total_steps=320", "checkpoint.every=2",
-    "evaluation.episodes=0", "runtime.compile=false",
+    "env=digits", "recipe=none", "env.num_envs=4", "env.epochs=8", "ppo.num_steps=8", "ppo.total_steps=320",
+    "checkpoint.every=2", "evaluation.episodes=0", "runtime.compile=false",
 )  # fmt: skip
 TIMED = ("time/", "perf/", "tamiyo.gnn.", "attention/", "time")  # metrics of the process, not of the run
 

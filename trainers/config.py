@@ -140,9 +140,9 @@ class WarmStartConfig:
     epochs: int = 8  # passes over the decisions
     batch_size: int = 128  # decisions
     lr: float = 2e-3  # highest of one cycle
-    huber: float | None = None  # return; errors above it count by their size, not by their square
-    temperature: float = 0.015  # return by which a prediction must be larger for the action to be e times as probable
-    caution: float = 3.0  # added to the logit of WAIT
+    huber: float | None = 0.02  # return; errors above it count by their size; null: all by their square
+    temperature: float = 0.005  # return by which a prediction must be larger for the action to be e times as probable
+    caution: float = 8.0  # added to the logit of WAIT
 
     def validate(self, env: BaseEnvConfig) -> None:
         """Checks the values against an environment.
@@ -172,7 +172,9 @@ class TrainConfig:
     seed: int = 1
     output_dir: str = "runs"
     resume: str | None = None
-    init: str | None = None  # a run directory, checkpoint file or shipped policy whose parameters training starts from
+    init: str | None = (
+        None  # a run directory, checkpoint file or shipped policy that PPO starts from, without a warm start
+    )
     env: BaseEnvConfig = field(default_factory=BaseEnvConfig)  # of the class that conf/env names
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
@@ -192,10 +194,6 @@ class TrainConfig:
         self.env.validate()
         self.policy.validate()
         self.warm_start.validate(self.env)
-        if self.warm_start.episodes and self.init is not None:
-            raise ConfigError(
-                f"init={self.init}: warm_start.episodes={self.warm_start.episodes} would undo it; set it to 0"
-            )
         self.ppo.validate()
         self.runtime.validate()
         check_positive("checkpoint", vars(self.checkpoint))

@@ -91,7 +91,8 @@ class Trainer:
         self.actor = Actor(self.policy, seed, guard=runtime.guard("actor", acting), device=acting)
         self.rollout = Rollout(config.ppo.num_steps, len(self._share), device, world)
         self.step, self.iteration = 0, 0
-        self.warm = not config.warm_start.episodes  # there is nothing to be done before PPO
+        # Whether there is nothing to be done before PPO.
+        self.warm = config.init is not None or not config.warm_start.episodes
         self.window: deque[dict[str, float]] = deque(maxlen=_WINDOW)
         if not world.first:  # the policy is the same in all processes, what is drawn from now on is not
             seeding.seed_everything(seed)

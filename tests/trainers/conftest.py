@@ -15,6 +15,7 @@ from esper.runtime.telemetry import METRICS_FILE, Telemetry
 from trainers import evaluate, train
 
 TINY = [
+    "recipe=none",
     "env.num_envs=4",
     "env.epochs=4",
     "env.host.width=[4,6]",

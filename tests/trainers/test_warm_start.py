@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 
 from envs import fork_gains
 from envs.config import load_config
@@ -60,7 +61,7 @@ def test_the_graphs_are_those_of_the_decisions(config, found):
 def test_it_learns_what_actions_gain(config, found):
     torch.manual_seed(0)
     policy = Tamiyo(PolicyConfig(hidden=[16, 16, 16, 16]))
-    settings = WarmStartConfig(episodes=1, epochs=30, batch_size=32)
+    settings = WarmStartConfig(episodes=1, epochs=30, batch_size=32, huber=None)
     targets = found["gains"].clamp(-warm_start.LARGEST, warm_start.LARGEST) / warm_start.UNIT
 
     @torch.no_grad()
@@ -162,14 +163,28 @@ def test_bad_settings():
         WarmStartConfig(episodes=1).validate(load_config("segment", epochs=2))
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("env=gym env.id=CartPole-v1 warm_start.episodes=5", "warm_start.episodes=5: env=gym has no hosts to fork"),
-        ("init=runs warm_start.episodes=5", "init=runs: warm_start.episodes=5 would undo it"),
-    ],
-)
-def test_what_it_does_not_go_with(run_train, given, expected):
-    result = run_train(*given.split(), tiny=False)
+def test_it_needs_hosts(run_train):
+    result = run_train("env=gym", "env.id=CartPole-v1", "warm_start.episodes=5", tiny=False)
     assert (result.code, len(result.err.splitlines())) == (2, 1), result.err
-    assert result.err.startswith(f"error: {expected}")
+    assert result.err.startswith("error: warm_start.episodes=5: env=gym has no hosts to fork")
+
+
+def test_a_run_that_starts_from_another_policy_has_none(run_train, monkeypatch):
+    first = run_train()
+    monkeypatch.setattr(fork_gains, "collect", lambda *arguments: pytest.fail("collects"))
+    again = run_train(f"init={first.run_dir}", *GIVEN)
+    assert (first.code, again.code) == (0, 0), again.err
+    assert newest(again.run_dir)["warm"] is True
+
+
+def test_growing_digits_starts_warm_unless_told_otherwise():
+    given = ("", "experiment=study", "recipe=none", "env=segment", "experiment=cartpole", "experiment=smoke")
+    with initialize_config_module("esper.conf", version_base="1.3"):
+        recipes = {each: compose("train", each.split()) for each in given}
+    episodes = {given: config.warm_start.episodes for given, config in recipes.items()}
+    assert 0 < episodes.pop("") < episodes.pop("experiment=study")
+    assert not any(episodes.values())
+    short, whole = recipes[""].ppo, recipes["experiment=study"].ppo
+    assert short == {**whole, "total_steps": short.total_steps}
+    assert short.total_steps < whole.total_steps
+    assert short.lr < recipes["recipe=none"].ppo.lr
