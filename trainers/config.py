@@ -172,9 +172,8 @@ class TrainConfig:
     seed: int = 1
     output_dir: str = "runs"
     resume: str | None = None
-    init: str | None = (
-        None  # a run directory, checkpoint file or shipped policy that PPO starts from, without a warm start
-    )
+    # a run directory, checkpoint file or shipped policy that PPO starts from, without a warm start
+    init: str | None = None
     env: BaseEnvConfig = field(default_factory=BaseEnvConfig)  # of the class that conf/env names
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)

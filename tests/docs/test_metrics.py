@@ -68,7 +68,8 @@ def test_every_chart_is_of_something_that_is_described(rows: dict[str, list[str]
 def test_every_tag_of_a_run_is_described(tmp_path: Path, rows: dict[str, list[str]]) -> None:
     overrides = [
         f"output_dir={tmp_path}", "recipe=none", "env.num_envs=4", "env.epochs=4", "ppo.num_steps=8",
-        "ppo.total_steps=64", "ppo.minibatches=2", "policy.hidden=[8,8,8,8]", "evaluation.episodes=4", "runtime.compile=false",
+        "ppo.total_steps=64", "ppo.minibatches=2", "policy.hidden=[8,8,8,8]", "evaluation.episodes=4",
+        "runtime.compile=false",
     ]  # fmt: skip
     subprocess.run([sys.executable, "-m", "trainers.train", *overrides], check=True, capture_output=True, timeout=280)
     (run,) = (tmp_path / "digits").iterdir()
