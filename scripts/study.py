@@ -105,6 +105,9 @@ LOOKED = 128  # instances of the look-ahead's margin
 LABELS = 64  # chunks of labelled random episodes
 PLAYED = {"digits/sequential": 2048, "digits/mixture": 2048, "digits/repair": 1024, "digits/shift": 2048}
 PLAYED_ELSE = 512
+RIVALS = ("never", "linear", "neural", "statistic", "gradmax", "probe")  # that come near Tamiyo somewhere
+RIVALS_PLAYED = {"digits/sequential": 8192, "digits/mixture": 8192, "digits/shift": 8192}
+"""So many instances of these sets are played by Tamiyo and its rivals, so that intervals can tell them apart."""
 CEILING = 512  # instances of a ceiling
 CEILING_ELSE = 128  # on sets of the role "generalisation"
 COMPARED = ("digits/mixture", "digits/sequential")  # sets on which variants are played
@@ -275,14 +278,19 @@ def play_all(pool: Pool, names: list[str]) -> None:
     for of in names:
         role, label, _ = SETS[of]
         count = PLAYED.get(of, PLAYED_ELSE)
-        everyone = [*rules, *policies]
-        if policies:
-            everyone.append(("static", {}, policies[0][2]))
-        found = play(pool, of, "heldout", count, everyone, "play")
+        static = [("static", {}, policies[0][2])] if policies else []
         ceilings = [("lookahead", chosen["lookahead"], ""), ("oracle", {}, "")]
-        looked = min(count, CEILING if role == "training" else CEILING_ELSE)
-        found += play(pool, of, "heldout", looked, ceilings, "ceilings")
-        everyone += ceilings
+        everyone = [*rules, *policies, *static, *ceilings]
+        shares: list[tuple[str, int, list[Trial]]] = [
+            ("play", RIVALS_PLAYED.get(of, count), [*(rule for rule in rules if rule[0] in RIVALS), *policies]),
+            ("play", count, [*(rule for rule in rules if rule[0] not in RIVALS), *static]),
+            ("ceilings", min(count, CEILING if role == "training" else CEILING_ELSE), ceilings),
+        ]
+        played = {}
+        for what, instances, trials in shares:
+            accounts = play(pool, of, "heldout", instances, trials, what)
+            played |= {name: own for (name, _, _), own in zip(trials, accounts, strict=True)}
+        found = [played[name] for name, _, _ in everyone]
         _save(f"scores-{of.replace('/', '-')}.json", _scores(of, role, label, everyone, found))
 
 

@@ -50,8 +50,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Any:
         settings = {
             "RESULTS": folder / "results", "RUNS": folder / "runs", "SCORERS": folder / "runs" / "scorers.pt",
             "GRID": grid, "MARGINS": [0.0, 0.5], "ROUNDS": ((8, None), (12, 1)), "LOOKED": 4, "LABELS": 1,
-            "PLAYED": {}, "PLAYED_ELSE": 10, "CEILING": 6, "CEILING_ELSE": 4, "COMPARED": (OF,), "ABLATED": 8,
-            "CHUNK": {"lookahead": 4, "oracle": 4}, "CHUNK_ELSE": 6,
+            "PLAYED": {}, "PLAYED_ELSE": 10, "RIVALS_PLAYED": {OF: 12}, "CEILING": 6, "CEILING_ELSE": 4,
+            "COMPARED": (OF,), "ABLATED": 8, "CHUNK": {"lookahead": 4, "oracle": 4}, "CHUNK_ELSE": 6,
             "VARIANTS": {"other": OVERRIDES}, "OVERRIDES": {"tamiyo": OVERRIDES, "other": [*OVERRIDES, "ppo.lr=1e-5"]},
         }  # fmt: skip
         for name, value in settings.items():
@@ -104,18 +104,15 @@ def test_scores_are_those_of_the_controllers(done: Any) -> None:
     rows = found["controllers"]
     names = {"never", "random", *done.GRID, "static", "lookahead", "oracle"}
     assert set(rows) == {*names, "tamiyo/1", "tamiyo/2"}
-    assert (found["role"], found["instances"], len(found["kind"]), len(found["label_noise"])) == (
-        "training",
-        10,
-        10,
-        10,
-    )
-    assert rows["never"]["points"] == [0.0] * 10
+    assert (found["role"], found["instances"]) == ("training", 12)
+    assert len(found["kind"]) == len(found["label_noise"]) == 12
+    assert rows["never"]["points"] == [0.0] * 12
     assert (rows["never"]["waited"], rows["never"]["params_ratio"]) == (1.0, 1.0)
-    assert [len(rows[name]["points"]) for name in ("tamiyo/2", "lookahead", "oracle")] == [10, 6, 6]
+    counts = {"tamiyo/2": 12, "neural": 12, "best_fixed": 10, "static": 10, "lookahead": 6, "oracle": 6}
+    assert {name: len(rows[name]["points"]) for name in counts} == counts
     config = done.work.config_of(OF)
     policy = done.work.load_policy(done.run_of("tamiyo", 2))
-    whole = play(TamiyoController(policy, 0, True), config, 10, 0, "cpu")
+    whole = play(TamiyoController(policy, 0, True), config, 12, 0, "cpu")
     assert rows["tamiyo/2"]["points"] == pytest.approx(whole["points"].round(2).tolist(), abs=0.006)
     assert rows["tamiyo/2"]["return"] == pytest.approx(100 * whole["return"].mean(), abs=1e-3)
     assert any(rows["tamiyo/2"]["points"])
