@@ -15,7 +15,6 @@ from esper.runtime.telemetry import METRICS_FILE, Telemetry
 from trainers import evaluate, train
 
 TINY = [
-    "recipe=none",
     "env.num_envs=4",
     "env.epochs=4",
     "env.host.width=[4,6]",
@@ -30,6 +29,7 @@ TINY = [
     "checkpoint.every=1",
     "evaluation.episodes=0",
     "runtime.compile=false",  # it takes far longer than the run
+    "recipe=none",
 ]
 
 # Everything that has state of its own: the loss scale, the scale of returns, a learning rate that follows the KL.

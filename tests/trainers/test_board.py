@@ -37,7 +37,7 @@ def test_a_run_tells_what_it_is_how_it_ended_and_what_it_looks_like(run, run_tra
     text = card.tensor_proto.string_val[0].decode()
     assert card.step == 0
     assert "| on | `digits`:" in text
-    assert "| overrides | `env.num_envs=4` " in text
+    assert "| overrides | `recipe=none` `env.num_envs=4` " in text
     assert f"python -m trainers.train resume={run}\n" in text
     assert f"python -m trainers.evaluate checkpoint={run} " in text
     metadata = found.SummaryMetadata("_hparams_/session_start_info")
