@@ -59,8 +59,8 @@ def resumed_config(given: DictConfig, overrides: list[str], saved: dict[str, Any
         key = override.partition("=")[0].lstrip("+~").partition("@")[0].replace("/", ".")
         if key in ("resume", "output_dir"):
             continue
-        if key == "experiment":
-            raise ConfigError(f"{override}: an experiment sets many keys; override single keys when resuming {run}")
+        if key in ("experiment", "recipe"):
+            raise ConfigError(f"{override}: it sets many keys; override single keys when resuming {run}")
         for name in _fixed(key):
             before = OmegaConf.select(merged, name)
             if OmegaConf.select(given, name) != before:

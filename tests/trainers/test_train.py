@@ -155,7 +155,14 @@ def test_points_after_the_checkpoint_are_taken_back(run_train):
 
 def test_resume_may_train_longer_but_not_change_the_task(run_train):
     run = run_train().run_dir
-    for override in ("env.epochs=5", "env=digits", "policy.hidden=[4,4,4,4]", "seed=9"):
+    for override in (
+        "env.epochs=5",
+        "env=digits",
+        "policy.hidden=[4,4,4,4]",
+        "seed=9",
+        "recipe=none",
+        "experiment=smoke",
+    ):
         refused = run_train(f"resume={run}", override, tiny=False)
         assert refused.code == 2
         assert override in refused.err
