@@ -145,6 +145,19 @@ def test_a_static_network_has_as_many_parameters_as_the_grown_one(done: Any) -> 
     assert found["points"][alone].tolist() == [0.0] * int(alone.sum())  # a host that has not grown is its twin
 
 
+def test_the_neural_scorer_learns_gains_that_no_line_fits(study: Any) -> None:
+    torch.manual_seed(1)
+    x, blueprint = 3 + 2 * torch.randn(3000, 4), torch.randint(2, (3000,))
+    sign = ((x[:, 0] - 3) * (x[:, 1] - 3)).sign()
+    scorer = study.work.Neural(4, 2)
+    scorer.fit(x[:2500], blueprint[:2500], torch.where(blueprint == 0, 20 * sign, torch.tensor(-7.0))[:2500], passes=30)
+    found = scorer(x[2500:])
+    assert (found[:, 0].sign() == sign[2500:]).float().mean() > 0.8
+    assert found[:, 1].mean().item() == pytest.approx(-7.0, abs=0.3)
+    parts = [network((x[2500:] - x[:2500].mean(0)) / x[:2500].std(0)) for network in scorer.networks]
+    assert torch.allclose(found, 10 * sum(parts) / len(parts), atol=1e-4)
+
+
 @pytest.mark.slow
 def test_blueprints_that_scorers_do_not_know_are_never_chosen(done: Any) -> None:
     rows = read(done, "scores-f-segment-mixture-with.json")["controllers"]
