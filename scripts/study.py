@@ -93,6 +93,7 @@ GRID: dict[str, list[dict[str, Any]]] = {
     ),
     "best_fixed": _grid(slot=[0, 1, 2, 3, 4, 5], blueprint=KINDS, epoch=[1, 3, 6]),
     "linear": _grid(first=[1, 3], every=[1, 3], threshold=_SCORES),
+    "shallow": _grid(first=[1, 3], every=[1, 3], threshold=_SCORES),
     "neural": _grid(first=[1, 3], every=[1, 3], threshold=_SCORES),
 }
 """Knobs that are tried for each baseline, on training instances."""
@@ -102,10 +103,11 @@ ROUNDS = ((256, None), (1024, 6), (4096, 3))
 """Instances of each round of tuning, and how many of the best knobs go on to it (successive halving)."""
 LOOKED = 128  # instances of the look-ahead's margin
 
-LABELS = 64  # chunks of labelled random episodes
+LABELS = 64  # chunks of labelled random episodes, as many as the warm start's
+FEW = 28  # of them, to which `linear` and `shallow` are fitted: with all they gained less on training instances
 PLAYED = {"digits/sequential": 2048, "digits/mixture": 2048, "digits/repair": 1024, "digits/shift": 2048}
 PLAYED_ELSE = 512
-RIVALS = ("never", "linear", "neural", "statistic", "gradmax", "probe")  # that come near Tamiyo somewhere
+RIVALS = ("never", "linear", "shallow", "neural", "statistic", "gradmax", "probe")  # that come near Tamiyo somewhere
 RIVALS_PLAYED = {"digits/sequential": 8192, "digits/mixture": 8192, "digits/shift": 8192}
 """So many instances of these sets are played by Tamiyo and its rivals, so that intervals can tell them apart."""
 CEILING = 512  # instances of a ceiling
@@ -162,7 +164,7 @@ def fit(pool: Pool) -> None:
     """Labels, and the scorers that are fitted to them."""
     paths = [RUNS / "labels" / f"{chunk}.pt" for chunk in range(LABELS)]
     pool.run("labels", [(work.labels, (chunk,), path) for chunk, path in enumerate(paths)])
-    pool.run("scorers", [(work.fit, ([str(path) for path in paths],), SCORERS)])
+    pool.run("scorers", [(work.fit, ([str(path) for path in paths], FEW), SCORERS)])
 
 
 def tune(pool: Pool) -> None:
@@ -274,7 +276,7 @@ def play_all(pool: Pool, names: list[str]) -> None:
     chosen = json.loads((RESULTS / "tuning.json").read_text())["chosen"]
     policies = [(name, {}, str(folder)) for name, folder in _runs([RECIPE]).items()]
     rules = [("never", {}, ""), ("random", {}, "")]
-    rules += [(name, chosen[name], str(SCORERS) if name in ("linear", "neural") else "") for name in GRID]
+    rules += [(name, chosen[name], str(SCORERS) if name in work.SCORERS else "") for name in GRID]
     for of in names:
         role, label, _ = SETS[of]
         count = PLAYED.get(of, PLAYED_ELSE)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from headroom_analysis import CLIPPED, ridge
+from headroom_analysis import Neural as Shallow
+from headroom_analysis import neural as shallow
 from torch import Tensor, nn
 
 from envs import fork_gains
@@ -74,6 +76,7 @@ def seed_of(name: str) -> int:
 
 # ---- supervised scorers ---------------------------------------------------------------------------------------------
 
+SCORERS = ("linear", "shallow", "neural")
 NETWORKS, HIDDEN = 5, 128  # of the neural scorer: how many, and units of their hidden layers
 
 
@@ -117,12 +120,8 @@ def labels(chunk: int) -> dict[str, Tensor]:
     return fork_gains.collect(config_of(TRAINED_ON), 0, chunk)
 
 
-def fit(paths: list[str]) -> dict[str, Any]:
-    """The linear and the neural scorer, fitted to the germinations of the chunks in `paths`.
-
-    Returns:
-        `weights` [blueprints, F] of the linear one, and the state of the `neural` one; both predict points.
-    """
+def germinations(paths: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the chunks in `paths`: features [m, F], blueprint [m] and gain [m] in points."""
     config = config_of(TRAINED_ON)
     kinds, of = len(config.blueprints), fork_gains.layout(config)
     seen, kind, gain = [], [], []
@@ -138,14 +137,25 @@ def fit(paths: list[str]) -> dict[str, Any]:
             seen.append(features(graph)[number, chosen // kinds])
             kind.append(chosen % kinds)
             gain.append(gains[number, place])
-    x, k, y = torch.cat(seen), torch.cat(kind), torch.cat(gain)
+    return torch.cat(seen), torch.cat(kind), torch.cat(gain)
+
+
+def fit(paths: list[str], few: int) -> dict[str, Any]:
+    """The scorers: `neural` is fitted to the chunks in `paths`, `linear` and `shallow` to the first `few` of them.
+
+    Returns:
+        `linear`, weights [blueprints, F], and the states of `neural` and `shallow`; all predict points.
+    """
+    kinds = len(config_of(TRAINED_ON).blueprints)
+    first, every = germinations(paths[:few]), germinations(paths)
     torch.manual_seed(0)
-    scorer = Neural(x.shape[1], kinds)
-    scorer.fit(x, k, y)
+    scorer = Neural(every[0].shape[1], kinds)
+    scorer.fit(*every)
+    one = shallow(*first, kinds)
     return {
-        "weights": ridge(x, k, y, kinds),
+        "linear": ridge(*first, kinds),
+        "shallow": {"mean": one.mean, "scale": one.scale, **one.network.state_dict()},
         "neural": scorer.state_dict(),
-        "germinations": torch.tensor(len(x)),
     }
 
 
@@ -171,12 +181,17 @@ class Scorer(Linear):
 
 
 def _scorer(name: str, fitted: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """What `fit` has fitted as "linear" or "neural"."""
-    weights = fitted["weights"]
+    """What `fit` has fitted by this name."""
+    weights = fitted["linear"]
     if name == "linear":
         return lambda seen: seen @ weights.T
+    if name == "shallow":
+        own = dict(fitted[name])
+        one = Shallow(own.pop("mean"), own.pop("scale"), len(weights))
+        one.network.load_state_dict(own)
+        return one
     scorer = Neural(weights.shape[1], len(weights))
-    scorer.load_state_dict(fitted["neural"])
+    scorer.load_state_dict(fitted[name])
     return scorer
 
 
@@ -192,7 +207,7 @@ def controller_of(name: str, config: EnvConfig, knobs: dict[str, Any], source: s
     """A controller of the study.
 
     Args:
-        name: of a baseline, "neural", "lookahead", "oracle", or VARIANT/SEED.
+        name: of a baseline, one of SCORERS, "lookahead", "oracle", or VARIANT/SEED.
         config: of the environment it is to act in.
         knobs: of a baseline or a look-ahead.
         source: the file of the fitted scorers, or the run directory of a policy.
@@ -203,7 +218,7 @@ def controller_of(name: str, config: EnvConfig, knobs: dict[str, Any], source: s
         return LookAhead(**knobs)
     if name == "oracle":  # of one germination at the third epoch, by validation; it knows the host's own future
         return LookAhead(future=True, first=3, every=1 << 30)
-    if name in ("linear", "neural"):
+    if name in SCORERS:
         return Scorer(LinearKnobs(**knobs), _scorer(name, _fitted(source)), config)
     given = baselines.BaselinesConfig()
     for key, value in knobs.items():

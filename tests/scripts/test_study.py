@@ -45,11 +45,12 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Any:
         grid = {
             "best_fixed": [{"slot": 0, "blueprint": "bypass", "epoch": e} for e in (1, 2)],
             "linear": [{"threshold": t, "first": 1, "every": 1} for t in (0.0, 1000.0)],
+            "shallow": [{"threshold": t, "first": 1, "every": 1} for t in (0.0, 1000.0)],
             "neural": [{"threshold": t, "first": 1, "every": 1} for t in (0.0, 1000.0)],
         }
         settings = {
             "RESULTS": folder / "results", "RUNS": folder / "runs", "SCORERS": folder / "runs" / "scorers.pt",
-            "GRID": grid, "MARGINS": [0.0, 0.5], "ROUNDS": ((8, None), (12, 1)), "LOOKED": 4, "LABELS": 1,
+            "GRID": grid, "MARGINS": [0.0, 0.5], "ROUNDS": ((8, None), (12, 1)), "LOOKED": 4, "LABELS": 1, "FEW": 1,
             "PLAYED": {}, "PLAYED_ELSE": 10, "RIVALS_PLAYED": {OF: 12}, "CEILING": 6, "CEILING_ELSE": 4,
             "COMPARED": (OF,), "ABLATED": 8, "CHUNK": {"lookahead": 4, "oracle": 4}, "CHUNK_ELSE": 6,
             "VARIANTS": {"other": OVERRIDES}, "OVERRIDES": {"tamiyo": OVERRIDES, "other": [*OVERRIDES, "ppo.lr=1e-5"]},
@@ -86,7 +87,7 @@ def test_tuning_keeps_the_best_knobs(done: Any) -> None:
         assert set(scores) == {str(knobs) for knobs in own}
         assert tuning["chosen"][name] in own
     # A threshold that nothing passes never grows.
-    for name in ("linear", "neural"):
+    for name in done.work.SCORERS:
         assert tuning["scores"][name][str(done.GRID[name][1])] == 0.0
     config = load_config("segment", "mixture", reward={"measure": "accuracy", "rent": 0.1, "flops": 0.0}, **TINY)
     given = baselines.BaselinesConfig()
@@ -161,11 +162,11 @@ def test_the_neural_scorer_learns_gains_that_no_line_fits(study: Any) -> None:
 @pytest.mark.slow
 def test_blueprints_that_scorers_do_not_know_are_never_chosen(done: Any) -> None:
     rows = read(done, "scores-f-segment-mixture-with.json")["controllers"]
-    assert {"linear", "neural", "tamiyo/1", "static"} <= set(rows)
+    assert {"linear", "shallow", "neural", "tamiyo/1", "static"} <= set(rows)
     assert "other/1" not in rows
     config = done.work.config_of(OTHER)
     knobs = {"threshold": -1000.0, "first": 0, "every": 1}
-    for name in ("linear", "neural"):
+    for name in done.work.SCORERS:
         controller = done.work.controller_of(name, config, knobs, str(done.SCORERS))
         env = GrowthEnv(config, 4)
         graph = env.reset(torch.arange(4))
