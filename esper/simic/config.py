@@ -30,6 +30,7 @@ class PPOConfig:
     entropy_coef: float = 0.003
     entropy_final: float | None = None  # the coefficient moves to it linearly over total_steps; None: constant
     value_coef: float = 0.5
+    critic_first: float = 0.0  # share of total_steps in which only the value head learns, for a policy that is trained
     auxiliary_coef: float = 0.0  # of predicting each slot's contribution one step ahead
     max_grad_norm: float = 0.5
     normalize_advantages: bool = True  # per minibatch
@@ -49,6 +50,8 @@ class PPOConfig:
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"ppo.{name}={getattr(self, name)}: must lie between 0 and 1")
+        if not 0 <= self.critic_first < 1:
+            raise ConfigError(f"ppo.critic_first={self.critic_first}: must be at least 0 and below 1")
         for name in ("entropy_coef", "entropy_final", "value_coef", "auxiliary_coef"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"ppo.{name}={getattr(self, name)}: must not be negative")

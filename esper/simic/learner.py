@@ -90,6 +90,7 @@ class Simic:
         if not self.guard.warm:
             self._warm_up(rollout)
         self._schedule(progress)
+        self._freeze(progress)
         passes: list[Tensor] = []
         for _ in range(self.config.epochs):
             self.world.check()
@@ -127,6 +128,11 @@ class Simic:
             (self.update_step.coefficients.entropy, config.entropy_coef, config.entropy_final),
         ):
             tensor.fill_(start if end is None else start + (end - start) * progress)
+
+    def _freeze(self, progress: float) -> None:
+        """At first only the value head learns: the large errors of a new critic would move a policy that is trained."""
+        early, named = progress < self.config.critic_first, self.policy.named_parameters()
+        self.update_step.frozen = [p for name, p in named if early and not name.startswith("value.")]
 
     def _kl_acts(self) -> bool:
         return self.config.target_kl is not None or self.config.lr_schedule == "adaptive"

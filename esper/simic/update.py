@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.graph import Layout
 from esper.runtime.compiled import CompileGuard, any_batch
@@ -93,6 +93,7 @@ class UpdateStep:
 
     Attributes:
         halved: whether memory did not suffice for whole minibatches.
+        frozen: parameters that steps leave as they are.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class UpdateStep:
     ):
         self.policy, self.scaler, self.config, self.guard, self.world = policy, scaler, config, guard, world
         self.halved = False
+        self.frozen: list[nn.Parameter] = []
         device = next(policy.parameters()).device
         self.coefficients = Coefficients(*(torch.tensor(c, device=device) for c in (config.clip, config.entropy_coef)))
         self._compiled: dict[Layout, Callable[..., tuple[Tensor, Tensor]]] = {}
@@ -119,6 +121,8 @@ class UpdateStep:
             result = None if self.halved else self._whole(batch)
             metrics = self._in_halves(batch) if result is None else result
         metrics = self._summed(metrics)
+        for parameter in self.frozen:
+            parameter.grad = None
         norm, skipped = self.scaler.step(metrics[METRICS.index("loss")], self.config.max_grad_norm)
         return torch.cat([metrics, torch.stack([norm, skipped])])
 

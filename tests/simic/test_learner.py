@@ -278,6 +278,18 @@ def test_every_parameter_is_trained(make_learner: Learners, collected: Collected
     assert not [name for name in several if not name.endswith(("att_dst", "lin_dst.weight"))]
 
 
+@pytest.mark.parametrize(("progress", "alone"), [(0.0, True), (0.49, True), (0.5, False)])
+def test_the_critic_learns_alone_at_first(
+    make_learner: Learners, collected: Collected, progress: float, alone: bool
+) -> None:
+    learner = make_learner(lr=0.01, critic_first=0.5, auxiliary_coef=0.1)
+    before = {name: value.clone() for name, value in learner.policy.named_parameters()}
+    learner.update(collected(learner), progress)
+    moved = {name for name, value in learner.policy.named_parameters() if not torch.equal(value, before[name])}
+    assert {name for name in before if name.startswith("value.")} <= moved
+    assert all(name.startswith("value.") for name in moved) == alone
+
+
 # ---- learning --------------------------------------------------------------------------------------------------------
 
 

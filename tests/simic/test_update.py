@@ -347,6 +347,8 @@ def test_a_small_step_lowers_the_loss(
         ({"clip_final": -0.1}, "ppo.clip_final=-0.1"),
         ({"entropy_final": -1.0}, "ppo.entropy_final=-1"),
         ({"auxiliary_coef": -1.0}, "ppo.auxiliary_coef=-1"),
+        ({"critic_first": -0.1}, "ppo.critic_first=-0.1"),
+        ({"critic_first": 1.0}, "ppo.critic_first=1"),
         ({"desired_kl": 0.0}, "ppo.desired_kl=0"),
     ],
     ids=str,
