@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import headroom as h
@@ -53,7 +54,8 @@ class Neural(torch.nn.Module):
 
     def __init__(self, mean: Tensor, scale: Tensor, blueprints: int):
         super().__init__()
-        self.mean, self.scale = mean, scale
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
         self.network = torch.nn.Sequential(
             torch.nn.Linear(len(mean), 64), torch.nn.GELU(), torch.nn.Linear(64, blueprints)
         )
@@ -63,18 +65,40 @@ class Neural(torch.nn.Module):
 
 
 def neural(features: Tensor, blueprint: Tensor, gain: Tensor, blueprints: int) -> Neural:
-    """The neural scorer, by regression with early stopping."""
+    """The neural scorer."""
     torch.manual_seed(0)
     scorer = Neural(features.mean(0), features.std(0).clamp(min=1e-3), blueprints)
-    optimiser = torch.optim.AdamW(scorer.parameters(), lr=2e-3, weight_decay=0.05)
+    regress(scorer, lambda x: scorer(x) / 10, features, blueprint, gain, weight_decay=0.05)
+    return scorer
+
+
+def regress(
+    network: torch.nn.Module,
+    predict: Callable[[Tensor], Tensor],
+    x: Tensor,
+    blueprint: Tensor,
+    gain: Tensor,
+    *,
+    weight_decay: float,
+    passes: int = 12,
+    last: float = 1.0,
+) -> None:
+    """Fits `network`, so that `predict` [m, blueprints] of `x` [m, F] is `gain` [m] over 10 points, large ones clipped.
+
+    Args:
+        last: the learning rate at the end, over that at the start.
+    """
+    steps = passes * len(x) // 256 + 1
+    optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, last, steps)
     gain = gain.clamp(-CLIPPED, CLIPPED) / 10
-    for _ in range(12 * len(features) // 256 + 1):
-        rows = torch.randint(len(features), (256,))
-        predicted = scorer(features[rows]).gather(1, blueprint[rows, None]).squeeze(1) / 10
+    for _ in range(steps):
+        rows = torch.randint(len(x), (256,))
+        predicted = predict(x[rows]).gather(1, blueprint[rows, None]).squeeze(1)
         optimiser.zero_grad()
         torch.nn.functional.smooth_l1_loss(predicted, gain[rows]).backward()
         optimiser.step()
-    return scorer
+        schedule.step()
 
 
 def remember(instances: str, what: str, value: Any) -> None:

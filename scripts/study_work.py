@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from headroom_analysis import CLIPPED, ridge
 from headroom_analysis import Neural as Shallow
 from headroom_analysis import neural as shallow
+from headroom_analysis import regress, ridge
 from torch import Tensor, nn
 
 from envs import fork_gains
@@ -101,18 +101,9 @@ class Neural(nn.Module):
         Widths, weight decay, passes and the falling rate were chosen by the error on an eighth of the episodes.
         """
         self.mean, self.scale = x.mean(0), x.std(0).clamp(min=1e-3)
-        z, target = (x - self.mean) / self.scale, gain.clamp(-CLIPPED, CLIPPED) / 10
-        steps = passes * len(x) // 256 + 1
+        z = (x - self.mean) / self.scale
         for network in self.networks:
-            optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.3)
-            schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1e-3, steps)
-            for _ in range(steps):
-                rows = torch.randint(len(z), (256,))
-                predicted = network(z[rows]).gather(-1, blueprint[rows, None]).squeeze(-1)
-                optimiser.zero_grad()
-                nn.functional.smooth_l1_loss(predicted, target[rows]).backward()
-                optimiser.step()
-                schedule.step()
+            regress(network, network, z, blueprint, gain, weight_decay=0.3, passes=passes, last=1e-3)
 
 
 def labels(chunk: int) -> dict[str, Tensor]:
@@ -120,23 +111,22 @@ def labels(chunk: int) -> dict[str, Tensor]:
     return fork_gains.collect(config_of(TRAINED_ON), 0, chunk)
 
 
-def germinations(paths: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the chunks in `paths`: features [m, F], blueprint [m] and gain [m] in points."""
+def germinations(path: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a chunk: features [m, F], blueprint [m] and gain [m] in points."""
     config = config_of(TRAINED_ON)
     kinds, of = len(config.blueprints), fork_gains.layout(config)
     seen, kind, gain = [], [], []
-    for path in paths:
-        found = torch.load(path, weights_only=True)
-        for first in range(0, len(found["x"]), 512):
-            rows = slice(first, first + 512)
-            graph = fork_gains.graphs(found, of, rows)
-            slots = graph.x["slot"].shape[1]
-            actions, gains = found["actions"][rows] - 1, 100 * found["gains"][rows]
-            number, place = (actions < slots * kinds).nonzero(as_tuple=True)
-            chosen = actions[number, place]
-            seen.append(features(graph)[number, chosen // kinds])
-            kind.append(chosen % kinds)
-            gain.append(gains[number, place])
+    found = torch.load(path, weights_only=True)
+    for first in range(0, len(found["x"]), 512):
+        rows = slice(first, first + 512)
+        graph = fork_gains.graphs(found, of, rows)
+        slots = graph.x["slot"].shape[1]
+        actions, gains = found["actions"][rows] - 1, 100 * found["gains"][rows]
+        number, place = (actions < slots * kinds).nonzero(as_tuple=True)
+        chosen = actions[number, place]
+        seen.append(features(graph)[number, chosen // kinds])
+        kind.append(chosen % kinds)
+        gain.append(gains[number, place])
     return torch.cat(seen), torch.cat(kind), torch.cat(gain)
 
 
@@ -147,14 +137,14 @@ def fit(paths: list[str], few: int) -> dict[str, Any]:
         `linear`, weights [blueprints, F], and the states of `neural` and `shallow`; all predict points.
     """
     kinds = len(config_of(TRAINED_ON).blueprints)
-    first, every = germinations(paths[:few]), germinations(paths)
+    chunks = [germinations(path) for path in paths]
+    first, every = (tuple(map(torch.cat, zip(*own, strict=True))) for own in (chunks[:few], chunks))
     torch.manual_seed(0)
     scorer = Neural(every[0].shape[1], kinds)
     scorer.fit(*every)
-    one = shallow(*first, kinds)
     return {
         "linear": ridge(*first, kinds),
-        "shallow": {"mean": one.mean, "scale": one.scale, **one.network.state_dict()},
+        "shallow": shallow(*first, kinds).state_dict(),
         "neural": scorer.state_dict(),
     }
 
@@ -185,12 +175,8 @@ def _scorer(name: str, fitted: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     weights = fitted["linear"]
     if name == "linear":
         return lambda seen: seen @ weights.T
-    if name == "shallow":
-        own = dict(fitted[name])
-        one = Shallow(own.pop("mean"), own.pop("scale"), len(weights))
-        one.network.load_state_dict(own)
-        return one
-    scorer = Neural(weights.shape[1], len(weights))
+    kinds, inputs = weights.shape
+    scorer = Shallow(torch.zeros(inputs), torch.ones(inputs), kinds) if name == "shallow" else Neural(inputs, kinds)
     scorer.load_state_dict(fitted[name])
     return scorer
 
