@@ -12,9 +12,9 @@ Stages, in their order; without any, all of them:
     ablate  trains and plays variants of the recipe, with the first three of the seeds
 
 Everything is kept under runs/study, so that a stopped study goes on where it was. Scores go to
-scripts/results/study/scores-*.json and ablations-*.json, with training.json and tuning.json; scripts/study_report.py
-makes docs/results.md of them. Points are percentages of test accuracy over the ungrown twin, less 10 per 100 % more
-parameters.
+scripts/results/study/scores-*.json, ablations-*.json and recipes-*.json, with training.json and tuning.json;
+scripts/study_report.py makes docs/results.md of them. Points are percentages of test accuracy over the ungrown twin,
+less 10 per 100 % more parameters.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ STAGES = ("fit", "tune", "train", "play", "ablate")
 
 _SHORT = ["warm_start.episodes=3584", "ppo.total_steps=200_000"]
 _DEFAULTS = ["ppo.lr=1e-3", "ppo.entropy_coef=0.003"]  # of PPO, which suit training from scratch
-VARIANTS: dict[str, list[str]] = {
+ABLATIONS: dict[str, list[str]] = {
     "short": _SHORT,
     "supervised": ["warm_start.episodes=3584", "ppo.total_steps=1", "ppo.lr=1e-9"],
     "from_scratch": ["warm_start.episodes=0", "ppo.total_steps=400_000", *_DEFAULTS],
@@ -68,8 +68,19 @@ VARIANTS: dict[str, list[str]] = {
 }
 """What is ablated, as overrides of `experiment=study`: the recipe in short, and what differs from that in one thing."""
 
+_CRITIC = "ppo.critic_first=0.05"
+RECIPES: dict[str, list[str]] = {
+    "critic_first": [_CRITIC],
+    "monte_carlo": [_CRITIC, "ppo.gae_lambda=1.0"],
+    "long": [_CRITIC, "ppo.total_steps=1_600_000"],
+    "long_monte_carlo": [_CRITIC, "ppo.gae_lambda=1.0", "ppo.total_steps=1_600_000"],
+}
+"""Others at full length, which were tried because of run 4 of the recipe: that is worse than the rest."""
+
 RECIPE = "tamiyo"
+VARIANTS = {**ABLATIONS, **RECIPES}
 OVERRIDES = {RECIPE: [], **VARIANTS}
+COMPARISONS = {"ablations": list(ABLATIONS), "recipes": [RECIPE, *RECIPES]}  # by the name of the file
 
 RECORD = "study.json"  # of a run that has ended, in its directory
 KINDS = ["bypass", "norm", "widen", "mlp", "low_rank"]
@@ -298,12 +309,13 @@ def play_all(pool: Pool, names: list[str]) -> None:
 
 def play_variants(pool: Pool) -> None:
     """Every variant that has been trained."""
-    policies = [(name, {}, str(folder)) for name, folder in _runs(VARIANTS).items()]
-    for of in COMPARED:
-        role, label, _ = SETS[of]
-        everyone = [("never", {}, ""), *policies]
-        found = play(pool, of, "heldout", ABLATED, everyone, "ablations")
-        _save(f"ablations-{of.replace('/', '-')}.json", _scores(of, role, label, everyone, found))
+    for what, names in COMPARISONS.items():
+        policies = [(name, {}, str(folder)) for name, folder in _runs(names).items()]
+        for of in COMPARED:
+            role, label, _ = SETS[of]
+            everyone = [("never", {}, ""), *policies]
+            found = play(pool, of, "heldout", ABLATED, everyone, what)
+            _save(f"{what}-{of.replace('/', '-')}.json", _scores(of, role, label, everyone, found))
 
 
 def _scores(of: str, role: str, label: str, everyone: list[Trial], found: Any) -> Any:
@@ -344,7 +356,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"any of {', '.join(STAGES)} (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of training (default 1 to 5)")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="to ablate (all)")
+    parser.add_argument("--variants", nargs="+", default=list(ABLATIONS), choices=VARIANTS, help="(ABLATIONS)")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, metavar="SET", help="to play (all)")
     parser.add_argument("--workers", type=int, default=2, help="processes, each of one thread (default 2)")
     arguments = parser.parse_args()

@@ -33,7 +33,6 @@ from study_statistics import (
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results" / "study"
 PAGE = ROOT / "docs" / "results.md"
-REFERENCE = "short"  # what variants are compared with
 BEGIN, END = "<!-- tables: made by scripts/study_report.py -->", "<!-- end of tables -->"
 
 
@@ -108,19 +107,19 @@ def generalisation(found: list[Played]) -> list[str]:
     return table([*headings, "Tamiyo better", "normalised gain"], rows) if rows else []
 
 
-def variants(ablated: list[Played]) -> list[str]:
-    """Every variant against the recipe in short. Their runs are not pairs, their instances are."""
-    own = [one for one in ablated if REFERENCE in one.groups]
+def variants(played: list[Played], reference: str) -> list[str]:
+    """Every variant against one of them. Their runs are not pairs, their instances are."""
+    own = [one for one in played if reference in one.groups]
     names = sorted({name for one in own for name, group in one.groups.items() if group.policy})
     rows = []
-    for name in sorted(names, key=lambda name: (name != REFERENCE, name)):
+    for name in sorted(names, key=lambda name: (name != reference, name)):
         row = [name, str(max(len(one.groups[name].points) for one in own if name in one.groups))]
         for one in own:
             known = name in one.groups
-            minus = known and name != REFERENCE
-            row += [points(one, name).text() if known else "", difference(one, name, REFERENCE).text() if minus else ""]
+            minus = known and name != reference
+            row += [points(one, name).text() if known else "", difference(one, name, reference).text() if minus else ""]
         rows.append(row)
-    parts = [f"{one.name}: {what}" for one in own for what in ("points", f"minus {REFERENCE}")]
+    parts = [f"{one.name}: {what}" for one in own for what in ("points", f"minus {reference}")]
     return table(["variant", "runs", *parts], rows) if len(rows) > 1 else []
 
 
@@ -168,6 +167,7 @@ def section(heading: str, text: str, lines: list[str]) -> list[str]:
 def report(
     found: list[Played],
     ablated: list[Played],
+    recipes: list[Played],
     training: dict[str, Any],
     tuning: dict[str, Any],
     plots: list[str],
@@ -180,7 +180,8 @@ def report(
     lines += section("Probability of improvement over each baseline", "", improvement_table(found))
     text = "The best baseline is the one with the highest mean on that very set, chosen after the fact."
     lines += section("Generalisation", text, generalisation(found))
-    lines += section("Recipes and ablations", "", variants(ablated))
+    lines += section("Ablations of the recipe in short", "", variants(ablated, "short"))
+    lines += section("Other recipes at full length", "", variants(recipes, TAMIYO))
     lines += section("Training", "", costs(training))
     for name in plots:
         lines += [f"![{CAPTIONS[name]}]({name})", ""]
@@ -209,11 +210,11 @@ def main(results: Path = RESULTS, page: Path = PAGE) -> None:
     def sets(kind: str) -> list[Played]:
         return in_order([read_set(json.loads(path.read_text())) for path in sorted(results.glob(f"{kind}-*.json"))])
 
-    found, ablated = sets("scores"), sets("ablations")
+    found, ablated, recipes = sets("scores"), sets("ablations"), sets("recipes")
     training, folder = read("training.json"), page.parent
     plots = plot_points(found, folder) + plot_profile(found, folder) + plot_pareto(found, folder)
     plots += plot_learning(training, folder) if found else []
-    page.write_text(between(page.read_text(), report(found, ablated, training, read("tuning.json"), plots)))
+    page.write_text(between(page.read_text(), report(found, ablated, recipes, training, read("tuning.json"), plots)))
     print(f"{page}: {len(found)} sets of instances, {len(plots)} plots")
 
 

@@ -53,7 +53,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Any:
             "GRID": grid, "MARGINS": [0.0, 0.5], "ROUNDS": ((8, None), (12, 1)), "LOOKED": 4, "LABELS": 1, "FEW": 1,
             "PLAYED": {}, "PLAYED_ELSE": 10, "RIVALS_PLAYED": {OF: 12}, "CEILING": 6, "CEILING_ELSE": 4,
             "COMPARED": (OF,), "ABLATED": 8, "CHUNK": {"lookahead": 4, "oracle": 4}, "CHUNK_ELSE": 6,
-            "VARIANTS": {"other": OVERRIDES}, "OVERRIDES": {"tamiyo": OVERRIDES, "other": [*OVERRIDES, "ppo.lr=1e-5"]},
+            "COMPARISONS": {"ablations": ["other"], "recipes": ["tamiyo"]},
+            "OVERRIDES": {"tamiyo": OVERRIDES, "other": [*OVERRIDES, "ppo.lr=1e-5"]},
         }  # fmt: skip
         for name, value in settings.items():
             patch.setattr(study, name, value)
@@ -123,6 +124,9 @@ def test_scores_are_those_of_the_controllers(done: Any) -> None:
 def test_variants_play_the_first_of_the_same_instances(done: Any) -> None:
     whole, part = read(done, "scores-segment-mixture.json"), read(done, "ablations-segment-mixture.json")
     assert set(part["controllers"]) == {"never", "other/1", "other/2"}
+    recipes = read(done, "recipes-segment-mixture.json")["controllers"]
+    assert set(recipes) == {"never", "tamiyo/1", "tamiyo/2"}
+    assert recipes["tamiyo/1"]["points"] == whole["controllers"]["tamiyo/1"]["points"][:8]
     assert part["kind"] == whole["kind"][:8]
     config = done.work.config_of(OF)
     played = play(TamiyoController(done.work.load_policy(done.run_of("other", 2)), 0, True), config, 8, 0, "cpu")

@@ -289,14 +289,15 @@ def test_generalisation_names_the_best_baseline_of_each_set(statistics: Any, rep
     assert rows[1][5].startswith("-1.5 ")
 
 
-def test_variants_are_compared_with_the_short_recipe(statistics: Any, report: Any) -> None:
-    points = {"short/1": [1.0, 3.0], "short/2": [2.0, 4.0], "pooled/1": [4.0, 5.0], "never": [0.0, 0.0]}
-    lines = report.variants([played(statistics, points)])
+@pytest.mark.parametrize("reference", ["short", "tamiyo"])
+def test_variants_are_compared_with_one_of_them(statistics: Any, report: Any, reference: str) -> None:
+    points = {f"{reference}/1": [1.0, 3.0], f"{reference}/2": [2.0, 4.0], "pooled/1": [4.0, 5.0], "never": [0.0, 0.0]}
+    lines = report.variants([played(statistics, points)], reference)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    assert [row[:2] for row in rows[2:]] == [["short", "2"], ["pooled", "1"]]
+    assert [row[:2] for row in rows[2:]] == [[reference, "2"], ["pooled", "1"]]
     assert rows[2][3] == ""
     assert rows[3][3].startswith("+2.0")  # 4.5 against 2.5
-    assert report.variants([played(statistics, {"pooled/1": [4.0, 5.0]})]) == []
+    assert report.variants([played(statistics, {"pooled/1": [4.0, 5.0]})], reference) == []
 
 
 def test_rounds_of_tuning(report: Any) -> None:
