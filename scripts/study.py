@@ -114,7 +114,7 @@ FEW = 28  # of them, to which `linear` and `shallow` are fitted: with all they g
 PLAYED = {"digits/sequential": 2048, "digits/mixture": 2048, "digits/repair": 1024, "digits/shift": 2048}
 PLAYED_ELSE = 512
 RIVALS = ("never", "linear", "shallow", "neural", "statistic", "gradmax", "probe")  # that come near Tamiyo somewhere
-RIVALS_PLAYED = {"digits/sequential": 8192, "digits/mixture": 8192, "digits/shift": 8192}
+RIVALS_PLAYED = {"digits/sequential": 16384, "digits/mixture": 8192, "digits/shift": 8192}
 """So many instances of these sets are played by Tamiyo and its rivals, so that intervals can tell them apart."""
 CEILING = 512  # instances of a ceiling
 CEILING_ELSE = 128  # on sets of the role "generalisation"
