@@ -203,6 +203,11 @@ class TrainConfig:
                 f"ppo.minibatches={self.ppo.minibatches}: more than the ppo.num_steps * env.num_envs = {transitions} "
                 "transitions of an iteration"
             )
+        if self.ppo.starts > 1 and self.ppo.total_steps < self.ppo.starts * transitions:
+            raise ConfigError(
+                f"ppo.starts={self.ppo.starts}: ppo.total_steps={self.ppo.total_steps} does not give each an iteration "
+                f"of ppo.num_steps * env.num_envs = {transitions}; use more steps or fewer starts"
+            )
 
 
 @dataclass

@@ -34,6 +34,7 @@ from trainers.config import TrainConfig
 from trainers.preemption import Preemption, Stop
 from trainers.progress import Reporter
 from trainers.saving import FilesError, Saver, files_guarded
+from trainers.starts import Starts
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class Trainer:
         self.actor = Actor(self.policy, seed, guard=runtime.guard("actor", acting), device=acting)
         self.rollout = Rollout(config.ppo.num_steps, len(self._share), device, world)
         self.step, self.iteration = 0, 0
+        self.starts = Starts(config.ppo)
         # Whether there is nothing to be done before PPO.
         self.warm = config.init is not None or not config.warm_start.episodes
         self.window: deque[dict[str, float]] = deque(maxlen=_WINDOW)
@@ -196,10 +198,14 @@ class Trainer:
 
     def _train(self, telemetry: Telemetry | None, preemption: Preemption) -> None:
         total = self.config.ppo.total_steps
+        self.starts.begin(self.learner.state_dict())
         self.actor.warm_up(self.graph)
         with Reporter("training", total, "steps", self.step) as reporter:
             while self.step < total:
+                before = self.step
                 scalars = self.iterate()
+                if self.config.ppo.starts > 1 and not self.learner.failed:
+                    self._between_starts(before)
                 with preemption.held():  # files are not to be cut short
                     if telemetry:
                         self._log(telemetry, scalars)
@@ -211,6 +217,22 @@ class Trainer:
                     reporter.update(self.step, f"return {self._mean_return():+.3f}" if self.window else "")
                 if self.learner.failed:  # which has left no mark on the parameters
                     raise _CommonError(self.learner.failed)
+
+    def _between_starts(self, before: int) -> None:
+        """Once a start has ended, the next one begins where that began, or the run ends with the best of them."""
+        starts = self.starts
+        if not starts.note(before, self.step, self._mean_return(), self.policy.state_dict()):
+            return
+        if self.step >= self.config.ppo.total_steps:
+            assert starts.best is not None
+            self.policy.load_state_dict(starts.best["policy"])
+            log.info("the policy of start %d is kept", starts.best["number"] + 1)
+            return
+        assert starts.begun is not None
+        self.learner.load_state_dict({**starts.begun, "generator": self.learner.generator.get_state()})
+        self.window.clear()
+        self._begin()  # with the same episodes, so that starts are compared on them
+        self._draw_anew(self.step)
 
     def _log(self, telemetry: Telemetry, scalars: dict[str, float]) -> None:
         with self._files_guarded("write the logs"):
@@ -234,7 +256,8 @@ class Trainer:
         exchanging = self.world.seconds
         self._collect()
         collected = time.perf_counter()
-        metrics = self.learner.update(self.rollout, self.step / ppo.total_steps)
+        number, progress = self.starts.place(self.step)
+        metrics = self.learner.update(self.rollout, progress)
         updated = time.perf_counter()
         self.step += self.steps_per_iteration
         self.iteration += 1
@@ -261,6 +284,7 @@ class Trainer:
             "tamiyo.gnn.compile_warm_ms": self.actor.guard.warm_ms,
             "tamiyo.gnn.inference.latency_ms": _mean(self.actor.latencies_ms),
             **attention.scalars(),
+            **({"train/start": number + 1.0} if ppo.starts > 1 else {}),
             **({} if self.world.alone else {"perf/communication_s": self.world.seconds - exchanging}),
         }
 
@@ -363,6 +387,7 @@ class Trainer:
             "window": list(self.window),
             "learner": learner,
             "processes": [own],
+            **({"starts": self.starts.state_dict()} if self.config.ppo.starts > 1 else {}),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -375,6 +400,8 @@ class Trainer:
         check_parameters(self.policy, state, f"resume={self.run_dir}")
         self.step, self.iteration, self.warm = state["step"], state["iteration"], state["warm"]
         self.window.extend(state["window"])
+        if self.config.ppo.starts > 1:
+            self.starts.load_state_dict(state["starts"])
         self.learner.load_state_dict({**state["learner"], "generator": self.learner.generator.get_state()})
         if len(state["processes"]) == self.world.size:
             self._restore_own(state["processes"][self.world.rank])
@@ -398,7 +425,11 @@ class Trainer:
         if isinstance(self.env, AdaptedEnv):
             self.env.load_learned(processes[0]["env"]["learned"])  # which is alike in all of them
         self._begin(self.step)
-        own = int(seeding.fold(torch.tensor(self.config.seed), self.step, self.world.rank)) % 2**31
+        self._draw_anew(self.step)
+
+    def _draw_anew(self, salt: int) -> None:
+        """Other draws from now on, in each process its own."""
+        own = int(seeding.fold(torch.tensor(self.config.seed), salt, self.world.rank)) % 2**31
         self.learner.generator.manual_seed(own)
         self.actor.generator.manual_seed(own)
         seeding.seed_everything(own)

@@ -69,6 +69,12 @@ def resumed_config(given: DictConfig, overrides: list[str], saved: dict[str, Any
                     f"a new run; all keys can be changed but those of {', '.join(_FIXED)}"
                 )
         OmegaConf.update(merged, key, OmegaConf.select(given, key))
+    starts, steps = saved["ppo"].get("starts", 1), saved["ppo"]["total_steps"]
+    if merged.ppo.starts != starts or (starts > 1 and merged.ppo.total_steps != steps):
+        raise ConfigError(
+            f"resume={run}: ppo.starts ({starts} in this run) cannot be changed, nor ppo.total_steps ({steps}) where "
+            "there are several; to train what it kept for longer, give it to a new run as init"
+        )
     assert isinstance(merged, DictConfig)
     return config.to_train_config(merged)
 

@@ -81,7 +81,7 @@ class Simic:
 
         Args:
             rollout: with advantages and returns.
-            progress: share of the total steps taken before this iteration, in [0, 1); drives the schedules.
+            progress: share of the steps taken before this iteration, in [0, 1); drives the schedules.
 
         Returns:
             Means over all minibatches whose step was taken, `learning_rate`, `explained_variance`, and the number of

@@ -80,6 +80,7 @@ FAMILIES = {
     "tensors": ["env=digits", "env.engine=stacked", EVERYTHING],
     "surrogate": ["env=surrogate", "env.training.steps_per_epoch=10", "env.training.batch_size=32", "env.epochs=24"],
     "stateful": ["env=segment", *STATEFUL],
+    "starts": ["env=segment", *STATEFUL, "ppo.starts=2", "ppo.critic_first=0.5"],
     "cartpole": ["env=gym", "env.id=CartPole-v1", "env.normalize=true", "env.num_envs=4"],
     "hetero": [*HETERO, "env.num_envs=4"],
 }
