@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -26,28 +25,18 @@ from esper.runtime.telemetry import METRICS_FILE, Telemetry
 from esper.simic.learner import Simic
 from esper.simic.rollout import Rollout
 from esper.tamiyo.actor import Actor
-from esper.tamiyo.loading import check_parameters, interface_of, load_state
+from esper.tamiyo.loading import check_parameters, take_over
 from esper.tamiyo.policies import make_policy
 from esper.tamiyo.policy import Tamiyo
 from trainers import board, judging, warm_start
 from trainers.config import TrainConfig
+from trainers.episodes import LatestEpisodes
 from trainers.preemption import Preemption, Stop
 from trainers.progress import Reporter
 from trainers.saving import FilesError, Saver, files_guarded
 from trainers.starts import Starts
 
 log = logging.getLogger(__name__)
-
-_WINDOW = 100  # episodes over which rollout/ and growth/ are averaged, as in Stable-Baselines3
-_EPISODE_SCALARS = {
-    "rollout/ep_rew_mean": "return",
-    "rollout/ep_len_mean": "length",
-    "growth/germinated": "germinated",
-    "growth/fossilized": "fossilized",
-    "growth/culled": "culled",
-    "growth/diverged": "diverged",
-    "growth/params_ratio": "params_ratio",
-}
 
 
 class _CommonError(TrainingError):
@@ -83,7 +72,7 @@ class Trainer:
         self.env = make_envs(config.env, max(len(self._share), 1), device=device)
         self.policy = make_policy(config.policy, self.env.interface).to(device)
         if config.init is not None and state is None:
-            self._start_from(config.init)
+            take_over(self.policy, self.env.interface, config.init, config.env.name)
         runtime, acting = config.runtime, world.device(config.runtime.actor_device or device)
         seed = world.seed(config.seed)
         self.learner = Simic(
@@ -95,7 +84,7 @@ class Trainer:
         self.starts = Starts(config.ppo)
         # Whether there is nothing to be done before PPO.
         self.warm = config.init is not None or not config.warm_start.episodes
-        self.window: deque[dict[str, float]] = deque(maxlen=_WINDOW)
+        self.window = LatestEpisodes()
         if not world.first:  # the policy is the same in all processes, what is drawn from now on is not
             seeding.seed_everything(seed)
         if state is None:
@@ -112,21 +101,6 @@ class Trainer:
         numbers = torch.arange(self.config.env.num_envs)[self._share.start : self._share.stop]
         seeds = seeding.fold(torch.tensor(self.config.seed), numbers if len(numbers) else torch.zeros(1).long())
         self.graph = self.env.reset(seeding.fold(seeds, *salts))
-
-    def _start_from(self, given: str) -> None:
-        """Takes over the parameters of the policy that the user named as `init`.
-
-        Raises:
-            ConfigError: there is none, or it is of another kind.
-        """
-        _, state = load_state(given, "init")
-        if interface_of(state) != self.env.interface:
-            raise ConfigError(
-                f"init={given}: its graphs or actions differ from those of env={self.config.env.name}; choose a policy "
-                "that was trained on an environment of the same kind and sizes"
-            )
-        check_parameters(self.policy, state, f"init={given}")
-        self.policy.load_state_dict(state["learner"]["policy"])
 
     @property
     def steps_per_iteration(self) -> int:
@@ -214,21 +188,22 @@ class Trainer:
                     if self.step >= total or self._saver.due(self.iteration):
                         self.save()
                     self._saving_s = time.perf_counter() - start
-                    reporter.update(self.step, f"return {self._mean_return():+.3f}" if self.window else "")
+                    reporter.update(self.step, f"return {self.window.mean('return'):+.3f}" if self.window else "")
                 if self.learner.failed:  # which has left no mark on the parameters
                     raise _CommonError(self.learner.failed)
 
     def _between_starts(self, before: int) -> None:
         """Once a start has ended, the next one begins where that began, or the run ends with the best of them."""
         starts = self.starts
-        if not starts.note(before, self.step, self._mean_return(), self.policy.state_dict()):
-            return
-        if self.step >= self.config.ppo.total_steps:
-            assert starts.best is not None
-            self.policy.load_state_dict(starts.best["policy"])
-            log.info("the policy of start %d is kept", starts.best["number"] + 1)
+        if not starts.note(before, self.step, self.window, self.policy.state_dict()):
             return
         assert starts.begun is not None
+        assert starts.best is not None
+        if self.step >= self.config.ppo.total_steps:
+            self.policy.load_state_dict(starts.best["policy"])
+            self.window = LatestEpisodes(starts.best["window"])
+            log.info("the policy of start %d is kept", starts.best["number"] + 1)
+            return
         self.learner.load_state_dict({**starts.begun, "generator": self.learner.generator.get_state()})
         self.window.clear()
         self._begin()  # with the same episodes, so that starts are compared on them
@@ -261,10 +236,7 @@ class Trainer:
         updated = time.perf_counter()
         self.step += self.steps_per_iteration
         self.iteration += 1
-        scalars = {}
-        if self.window:
-            known = {name: key for name, key in _EPISODE_SCALARS.items() if key in self.window[0]}
-            scalars = {name: _mean([episode[key] for episode in self.window]) for name, key in known.items()}
+        scalars = self.window.scalars()
         named = ("approx_kl", "clip_fraction", "entropy_loss", "explained_variance", "learning_rate", "loss")
         losses = "policy_gradient_loss", "value_loss", "auxiliary_loss"
         scalars |= {f"train/{name}": metrics[name] for name in (*named, *losses)}
@@ -307,15 +279,10 @@ class Trainer:
         self.world.check()
         for episodes in self.world.everyone(ended):
             for each in episodes:
-                self._note(each)
+                self.window.note(each)
         if isinstance(self.env, AdaptedEnv) and not self.world.alone:
             self.env.share_learned(self.world.everyone(self.env.learned()))
         self.learner.finish(rollout, self.actor.value(self.graph)[: len(self._share)])
-
-    def _note(self, episodes: dict[str, torch.Tensor]) -> None:
-        columns = {key: episodes[key].tolist() for key in _EPISODE_SCALARS.values() if key in episodes}
-        for values in zip(*columns.values(), strict=True):
-            self.window.append(dict(zip(columns, map(float, values), strict=True)))
 
     def evaluate(self) -> dict[str, Any]:
         """Compares the policy with the baselines on held-out instances; writes `eval/`, and the `eval/` scalars and
@@ -342,9 +309,6 @@ class Trainer:
         """Writes what the run was given, and how it ended: `scalars` of the evaluation and the last mean return."""
         ended = [*scalars, *(["rollout/ep_rew_mean"] if self.window else [])]
         telemetry.outcome(self.step, board.settings(self.config), ended)
-
-    def _mean_return(self) -> float:
-        return _mean([episode["return"] for episode in self.window])
 
     def _files_guarded(self, what: str) -> AbstractContextManager[None]:
         return files_guarded(what, self.run_dir, self.step)

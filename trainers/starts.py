@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from esper.simic.config import PPOConfig
+from trainers.episodes import LatestEpisodes
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class Starts:
 
     Attributes:
         begun: state of the learner from which each start begins, without its generator; None before the first.
-        best: number, mean return and policy of the best start that has ended; None before that.
+        best: number, mean return, policy and latest episodes of the best start that has ended; None before that.
     """
 
     def __init__(self, config: PPOConfig):
@@ -43,23 +44,23 @@ class Starts:
         if self.config.starts > 1 and self.begun is None:
             self.begun = _copy({name: value for name, value in learner.items() if name != "generator"})
 
-    def note(self, before: int, step: int, mean_return: float, policy: dict[str, torch.Tensor]) -> bool:
+    def note(self, before: int, step: int, window: LatestEpisodes, policy: dict[str, torch.Tensor]) -> bool:
         """Takes note of an iteration from one step to another; returns whether a start has ended with it.
 
         Args:
-            mean_return: of the last episodes.
-            policy: to be kept if this start has ended and is the best so far.
+            window: the latest episodes.
+            policy: to be kept, with the window, if this start has ended and is the best so far.
         """
         number, share = self.place(before)
         if share >= LATE:
-            self._late.append(mean_return)
+            self._late.append(window.mean("return"))
         if self.place(step)[0] == number:
             return False
-        mean = sum(self._late) / len(self._late) if self._late else mean_return
+        mean = sum(self._late) / len(self._late) if self._late else window.mean("return")
         self._late.clear()
         log.info("start %d of %d ended with a mean return of %+.4f", number + 1, self.config.starts, mean)
         if self.best is None or mean > self.best["return"]:
-            self.best = {"number": number, "return": mean, "policy": _copy(policy)}
+            self.best = {"number": number, "return": mean, "policy": _copy(policy), "window": list(window)}
         return True
 
     def state_dict(self) -> dict[str, Any]:

@@ -118,6 +118,22 @@ def check_parameters(policy: GraphPolicy, state: dict[str, Any], origin: str) ->
         )
 
 
+def take_over(policy: GraphPolicy, interface: Interface, given: str, env: str) -> None:
+    """Gives `policy`, which is to be trained, the parameters of the one that the user named as `init`.
+
+    Raises:
+        ConfigError: there is none, or it is of another kind.
+    """
+    _, state = load_state(given, "init")
+    if interface_of(state) != interface:
+        raise ConfigError(
+            f"init={given}: its graphs or actions differ from those of env={env}; choose a policy that was trained on "
+            "an environment of the same kind and sizes"
+        )
+    check_parameters(policy, state, f"init={given}")
+    policy.load_state_dict(state["learner"]["policy"])
+
+
 def policy_of(state: dict[str, Any], device: torch.device | str = "cpu", origin: str = "the checkpoint") -> GraphPolicy:
     """The policy in a checkpoint's state, in eval mode; `origin` names the checkpoint in messages.
 

@@ -11,6 +11,7 @@ from torch import nn
 from esper.runtime.errors import ConfigError
 from esper.simic.config import PPOConfig
 from trainers import config
+from trainers.episodes import LatestEpisodes
 from trainers.loop import Trainer
 from trainers.preemption import Preemption
 from trainers.starts import Starts
@@ -50,13 +51,14 @@ def test_one_start_goes_by_all_steps() -> None:
 
 def test_what_counts_is_the_end_of_a_start() -> None:
     starts, policy = Starts(PPOConfig(total_steps=200, starts=2)), nn.Linear(1, 1)
-    returns = iter([9.0, 9.0, 1.0, 2.0, 0.0, 0.0, 1.0, 1.8])  # at steps 0, 25, .. of which the last of each counts
+    returns = [9.0, 9.0, 1.0, 2.0, 0.0, 0.0, 1.0, 1.8]
+    begun = [0, 25, 50, 85, 100, 125, 150, 185]  # only 85 and 185 are beyond four fifths
     ended = []
-    for number in range(8):
+    for number, (step, value) in enumerate(zip(begun, returns, strict=True)):
         with torch.no_grad():
             policy.weight.fill_(number)
-        step = 25 * number + (10 if number % 4 == 3 else 0)  # 85 and 185: beyond four fifths
-        ended.append(starts.note(step, 25 * (number + 1), next(returns), policy.state_dict()))
+        window = LatestEpisodes([{"return": value}])
+        ended.append(starts.note(step, 25 * (number + 1), window, policy.state_dict()))
     assert ended == [False, False, False, True] * 2
     assert starts.best is not None
     assert (starts.best["number"], starts.best["return"], starts.best["policy"]["weight"].item()) == (0, 2.0, 3.0)
@@ -68,9 +70,10 @@ def test_each_start_is_a_run_and_the_best_is_kept(make: Make, monkeypatch: pytes
     alone.run(Preemption())
     honest = both.starts.note
 
-    def noted(before: int, step: int, mean_return: float, policy: dict[str, torch.Tensor]) -> bool:
+    def noted(before: int, step: int, window: LatestEpisodes, policy: dict[str, torch.Tensor]) -> bool:
         better = 1.0 if both.starts.place(before)[0] == 0 else 0.0  # as if the first had been
-        return honest(before, step, mean_return + better, policy)
+        seen = LatestEpisodes({**episode, "return": episode["return"] + better} for episode in window)
+        return honest(before, step, seen, policy)
 
     monkeypatch.setattr(both.starts, "note", noted)
     both.run(Preemption())

@@ -19,7 +19,7 @@ from esper.runtime import checkpoint
 from esper.runtime.errors import TrainingError
 from esper.simic import update
 from esper.tamiyo.actor import Actor
-from trainers import loop
+from trainers import episodes
 
 from .conftest import STATEFUL, differences, lines, newest, stop_at, untimed
 
@@ -473,7 +473,7 @@ def test_the_checkpoint_with_the_highest_return_is_kept(run_train, run_evaluate,
         return graph, reward, terminated, *rest, info
 
     monkeypatch.setattr(GrowthEnv, "step", rewarded)
-    monkeypatch.setattr(loop, "_WINDOW", 8)
+    monkeypatch.setattr(episodes, "LATEST", 8)
     result = run_train("checkpoint.keep=1", "evaluation.episodes=0")
     best = result.run_dir / "checkpoints" / checkpoint.BEST
     assert checkpoint.read(best)["step"] == 64

@@ -185,6 +185,6 @@ def test_growing_digits_starts_warm_unless_told_otherwise():
     assert 0 < episodes.pop("") < episodes.pop("experiment=study")
     assert not any(episodes.values())
     short, whole = recipes[""].ppo, recipes["experiment=study"].ppo
-    assert short == {**whole, "total_steps": short.total_steps}
+    assert short == {**whole, "total_steps": short.total_steps, "starts": 1}
     assert short.total_steps < whole.total_steps
     assert short.lr < recipes["recipe=none"].ppo.lr
