@@ -73,8 +73,8 @@ def run_dir(folder: Path) -> Path:
 
 
 def test_one_run_directory_and_an_exact_resume(train: Any, tmp_path: Path) -> None:
-    """Three hosts on two processes, with all state there is; stopped after an iteration, then gone on with."""
-    given = ("env.num_envs=3", "env=digits", *STATEFUL)
+    """Three hosts on two processes, with all state there is; stopped between two starts of PPO, then gone on with."""
+    given = ("env.num_envs=3", "env=digits", "ppo.starts=2", *STATEFUL)
     whole = train(2, *given)
     assert whole.ended() == [0, 0]
     out = whole.processes[0].stdout.read()

@@ -1,7 +1,9 @@
 """Several starts of PPO: each is a run of its own with the same episodes, and the best of them is kept."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,14 +90,28 @@ def test_each_start_is_a_run_and_the_best_is_kept(make: Make, monkeypatch: pytes
     assert not differences(both.policy.state_dict(), alone.policy.state_dict())  # the first one's
 
 
-def test_starts_share_their_episodes(make: Make) -> None:
+def test_starts_begin_alike(make: Make) -> None:
+    """With the same learner, optimiser and all, and the same episodes, but other draws."""
     trainer = make("ppo.total_steps=64", "ppo.starts=2")
-    before = trainer.graph
-    shown, honest = [], trainer._begin
-    trainer._begin = lambda: [honest(), shown.append(trainer.graph)]  # type: ignore[func-returns-value, method-assign]
+    found, honest = [], trainer._between_starts
+
+    def seen() -> list[Any]:
+        learner = trainer.learner.state_dict()
+        draws = learner.pop("generator"), trainer.actor.generator.get_state()
+        return copy.deepcopy([learner, trainer.graph.x, *draws])
+
+    def noted(before: int) -> None:
+        moved = seen()
+        honest(before)
+        found.extend([moved, seen()])
+
+    begun = seen()
+    trainer._between_starts = noted  # type: ignore[method-assign]
     trainer.run(Preemption())
-    assert len(shown) == 1
-    assert all(torch.equal(before.x[node], shown[0].x[node]) for node in before.x)
+    moved, again = found[:2]
+    assert differences(moved[0], begun[0])
+    assert not differences(again[:2], begun[:2])
+    assert not any(torch.equal(now, then) for now in again[2:] for then in (*begun[2:], *moved[2:]))
 
 
 @pytest.mark.parametrize(
