@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 # What a resumed run may not change, since its parameters, its instances or its state would no longer fit; and what of
 # that it may.
-_FIXED = ("env", "policy", "seed", "init", "warm_start", "ppo.normalize_returns")
+_FIXED = ("env", "policy", "seed", "init", "warm_start", "ppo.normalize_returns", "ppo.starts")
 _FREE = ("env.subprocess", "env.timeout_s")
 
 _DOING = "saving a checkpoint"
@@ -55,36 +56,32 @@ def resumed_config(given: DictConfig, overrides: list[str], saved: dict[str, Any
             f"resume={run}: its configuration is another version's ({cli.explain(error, TrainConfig)}); "
             "resume it with the version that wrote it"
         ) from error
+    # Which start takes which step follows from both.
+    fixed = (*_FIXED, "ppo.total_steps") if merged.ppo.starts > 1 else _FIXED
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~").partition("@")[0].replace("/", ".")
         if key in ("resume", "output_dir"):
             continue
         if key in ("experiment", "recipe"):
             raise ConfigError(f"{override}: it sets many keys; override single keys when resuming {run}")
-        for name in _fixed(key):
+        for name in _touched(key, fixed):
             before = OmegaConf.select(merged, name)
             if OmegaConf.select(given, name) != before:
                 raise ConfigError(
                     f"{override}: cannot be changed when resuming {run} ({name} was {before}); leave it out, or start "
-                    f"a new run; all keys can be changed but those of {', '.join(_FIXED)}"
+                    f"a new run; all keys can be changed but those of {', '.join(fixed)}"
                 )
         OmegaConf.update(merged, key, OmegaConf.select(given, key))
-    starts, steps = saved["ppo"].get("starts", 1), saved["ppo"]["total_steps"]
-    if merged.ppo.starts != starts or (starts > 1 and merged.ppo.total_steps != steps):
-        raise ConfigError(
-            f"resume={run}: ppo.starts ({starts} in this run) cannot be changed, nor ppo.total_steps ({steps}) where "
-            "there are several; to train what it kept for longer, give it to a new run as init"
-        )
     assert isinstance(merged, DictConfig)
     return config.to_train_config(merged)
 
 
-def _fixed(key: str) -> list[str]:
-    """What an override of `key` touches that a resumed run may not change."""
+def _touched(key: str, fixed: Sequence[str]) -> list[str]:
+    """What of `fixed` an override of `key` touches."""
     if key in _FREE:
         return []
-    inside = [key for name in _FIXED if f"{key}.".startswith(f"{name}.")]
-    return inside or [name for name in _FIXED if name.startswith(f"{key}.")]
+    inside = [key for name in fixed if f"{key}.".startswith(f"{name}.")]
+    return inside or [name for name in fixed if name.startswith(f"{key}.")]
 
 
 @hydra.main(version_base="1.3", config_path="pkg://esper.conf", config_name="train")
@@ -148,7 +145,7 @@ def _train(given: DictConfig, run_dir: Path, preemption: Preemption, world: Worl
     if trainer.step < settings.ppo.total_steps:
         trainer.run(preemption)
     elif evaluated and world.first:
-        console.print("nothing left to do; to train longer, add ppo.total_steps=N with a larger N")
+        console.print(f"nothing left to do; to train longer: {_longer(settings, run_dir)}", soft_wrap=True)
         return
     world.close()
     if not world.first:
@@ -157,12 +154,19 @@ def _train(given: DictConfig, run_dir: Path, preemption: Preemption, world: Worl
         console.print(judging.table(trainer.evaluate()))
     for line in (
         f"run directory:    {run_dir}",
-        f"train longer:     python -m trainers.train resume={run_dir} ppo.total_steps={2 * settings.ppo.total_steps}",
+        f"train longer:     {_longer(settings, run_dir)}",
         f"evaluate again:   python -m trainers.evaluate checkpoint={run_dir} baselines=all episodes=256",
         f"see the curves:   tensorboard --logdir {run_dir / 'tb'}",
         *([f"see the pictures: {run_dir / 'eval' / judging.PAGE}"] if settings.evaluation.episodes else []),
     ):
         console.print(line, soft_wrap=True, highlight=False)
+
+
+def _longer(settings: TrainConfig, run_dir: Path) -> str:
+    """How to train a run that has ended for longer."""
+    if settings.ppo.starts > 1:
+        return f"start a new run with init={run_dir}"
+    return f"python -m trainers.train resume={run_dir} ppo.total_steps={2 * settings.ppo.total_steps}"
 
 
 def run() -> int:

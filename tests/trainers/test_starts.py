@@ -116,11 +116,12 @@ def test_starts_begin_alike(make: Make) -> None:
 
 @pytest.mark.parametrize(
     ("override", "named"),
-    [("ppo.starts=3", "ppo.starts (2 in this run)"), ("ppo.total_steps=256", "ppo.total_steps (64)")],
+    [("ppo.starts=3", "ppo.starts was 2"), ("ppo.total_steps=256", "ppo.total_steps was 64")],
 )
 def test_a_resumed_run_has_the_same_starts(run_train: Command, override: str, named: str) -> None:
     done = run_train(*SEGMENT, "ppo.total_steps=64", "ppo.starts=2")
     assert done.code == 0
+    assert f"train longer:     start a new run with init={done.run_dir}" in done.out
     refused = run_train(f"resume={done.run_dir}", override, tiny=False)
     assert refused.code == 2
     assert named in refused.err
