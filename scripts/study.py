@@ -10,9 +10,10 @@ Stages, in their order; without any, all of them:
     train   the recipe (`experiment=study`) with every seed
     play    every controller on the same held-out instances
     ablate  trains and plays variants of the recipe, with the first three of the seeds
+    cost    times one run of the recipe with two processes, for which nothing else should run
 
 Everything is kept under runs/study, so that a stopped study goes on where it was. Scores go to
-scripts/results/study/scores-*.json, ablations-*.json and recipes-*.json, with training.json and tuning.json;
+scripts/results/study/scores-*.json, ablations-*.json and recipes-*.json, with training.json, tuning.json and cost.json;
 scripts/study_report.py makes docs/results.md of them. Points are percentages of test accuracy over the ungrown twin,
 less 10 per 100 % more parameters.
 """
@@ -23,11 +24,12 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -45,7 +47,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results" / "study"
 RUNS = ROOT / "runs" / "study"
 SCORERS = RUNS / "scorers.pt"
-STAGES = ("fit", "tune", "train", "play", "ablate")
+STAGES = ("fit", "tune", "train", "play", "ablate", "cost")
 
 _ONCE = ["ppo.starts=1", "ppo.critic_first=0.0"]
 _SHORT = ["warm_start.episodes=3584", "ppo.total_steps=200_000", *_ONCE]
@@ -125,6 +127,7 @@ COMPARED = ("digits/mixture", "digits/sequential")  # sets on which variants are
 ABLATED = 512  # instances of each
 CHUNK = {"lookahead": 32, "oracle": 64}
 CHUNK_ELSE = 256
+PROCESSES = 2  # of the run that is timed
 
 
 def _name(*parts: Any) -> str:
@@ -237,24 +240,15 @@ def _train(variant: str, seed: int, shown: Any) -> None:
     folder = run_of(variant, seed)
     command = ["-m", "trainers.train", "experiment=study", f"seed={seed}", *OVERRIDES[variant], "evaluation.episodes=0"]
     given = [f"resume={folder}"] if folder.exists() and checkpoint.found(folder) else []
+    arguments = command[:2] + given if given else [*command, f"hydra.run.dir={folder}"]
     start = time.perf_counter()
     before = _wall(folder)
-    process = subprocess.Popen(
-        [sys.executable, *(command[:2] + given if given else [*command, f"hydra.run.dir={folder}"])],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    last = ""
-    for line in process.stdout or ():
-        last = line.strip() or last
-        if match := re.match(r"(training|warm start: [\w ]+?)\s+([\d,]+)/([\d,]+)", line):
-            stage, done, total = match[1], *(int(text.replace(",", "")) for text in match.groups()[1:])
-            shown((variant, seed), done / total if stage == "training" else 0.0, stage)
-            (folder / "wall").write_text(str(before + time.perf_counter() - start))
-    if process.wait():
-        raise SystemExit(f"error: {' '.join(command)} ended with {process.returncode}: {last}; log in {folder}")
+
+    def noted(share: float, stage: str) -> None:
+        shown((variant, seed), share, stage)
+        (folder / "wall").write_text(str(before + time.perf_counter() - start))
+
+    _follow(arguments, folder, noted)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [(line["step"], line["rollout/ep_rew_mean"]) for line in lines if "rollout/ep_rew_mean" in line]
     policy = checkpoint.latest(folder)[1]["learner"]["policy"]
@@ -266,6 +260,43 @@ def _train(variant: str, seed: int, shown: Any) -> None:
         "curve": [[step, round(100 * value, 2)] for step, value in _thinned(curve)],
     }
     (folder / RECORD).write_text(json.dumps(record))
+
+
+def _follow(arguments: list[str], folder: Path, shown: Callable[[float, str], None]) -> None:
+    """`python ARGUMENTS` to its end, one thread a process; tells what share of PPO's steps is behind it, and the stage.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    last = ""
+    for line in process.stdout or ():
+        last = line.strip() or last
+        if match := re.match(r"(training|warm start: [\w ]+?)\s+([\d,]+)/([\d,]+)", line):
+            stage, done, total = match[1], *(int(text.replace(",", "")) for text in match.groups()[1:])
+            shown(done / total if stage == "training" else 0.0, stage)
+    if process.wait():
+        raise SystemExit(f"error: {' '.join(arguments)} ended with {process.returncode}: {last}; log in {folder}")
+
+
+def cost() -> None:
+    """Times one run of the recipe, from its start to its last checkpoint; one that was stopped begins anew."""
+    folder = RUNS / "timed"
+    shutil.rmtree(folder, ignore_errors=True)
+    torchrun = [f"--nproc-per-node={PROCESSES}", "-m", "trainers.train", "experiment=study", *OVERRIDES[RECIPE]]
+    torchrun.append("evaluation.episodes=0")
+    start = time.perf_counter()
+    with Reporter("a run, timed", 100, "%") as reporter:
+        arguments = ["-m", "torch.distributed.run", *torchrun, f"hydra.run.dir={folder}"]
+        _follow(arguments, folder, lambda share, stage: reporter.update(round(100 * share), stage))
+    wall = time.perf_counter() - start
+    _save("cost.json", {"command": " ".join(["torchrun", *torchrun]), "processes": PROCESSES, "wall_s": round(wall)})
 
 
 def _wall(folder: Path) -> float:
@@ -374,6 +405,8 @@ def main() -> None:
         if "ablate" in stages:
             train(arguments.variants, arguments.seeds[:3], arguments.workers)
             play_variants(pool)
+    if "cost" in stages:
+        cost()
 
 
 if __name__ == "__main__":

@@ -170,12 +170,13 @@ def report(
     recipes: list[Played],
     training: dict[str, Any],
     tuning: dict[str, Any],
+    cost: dict[str, Any],
     plots: list[str],
 ) -> list[str]:
     """All lines between the markers."""
     if not found:
         return ["", "No results are here yet.", ""]
-    rows = [bar.row() for bar in bars(found, training)]
+    rows = [bar.row() for bar in bars(found, cost)]
     lines = ["", *section("Bars", "", table(["what", "on", "measured", "needed", "verdict"], rows))]
     lines += section("Probability of improvement over each baseline", "", improvement_table(found))
     text = "The best baseline is the one with the highest mean on that very set, chosen after the fact."
@@ -214,7 +215,8 @@ def main(results: Path = RESULTS, page: Path = PAGE) -> None:
     training, folder = read("training.json"), page.parent
     plots = plot_points(found, folder) + plot_profile(found, folder) + plot_pareto(found, folder)
     plots += plot_learning(training, folder) if found else []
-    page.write_text(between(page.read_text(), report(found, ablated, recipes, training, read("tuning.json"), plots)))
+    lines = report(found, ablated, recipes, training, read("tuning.json"), read("cost.json"), plots)
+    page.write_text(between(page.read_text(), lines))
     print(f"{page}: {len(found)} sets of instances, {len(plots)} plots")
 
 

@@ -182,6 +182,22 @@ def test_blueprints_that_scorers_do_not_know_are_never_chosen(done: Any) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
+def test_a_run_of_two_processes_is_timed(study: Any) -> None:
+    (study.RUNS / "timed").mkdir(parents=True)
+    stale = study.RUNS / "timed" / "stale"
+    stale.touch()
+    study.cost()
+    found = read(study, "cost.json")
+    assert found["command"].startswith("torchrun --nproc-per-node=2 -m trainers.train experiment=study env=segment")
+    assert found["processes"] == 2
+    assert found["wall_s"] > 0
+    lines = [json.loads(line) for line in (study.RUNS / "timed" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 48
+    assert not stale.exists()
+
+
+@pytest.mark.slow
 def test_nothing_is_computed_twice(done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read(done, "scores-segment-mixture.json")
     runs = read(done, "training.json")["runs"]

@@ -232,15 +232,28 @@ def study(statistics: Any, level: float) -> list[Any]:
 
 def test_bars_that_are_met(statistics: Any, bars: Any) -> None:
     found = verdicts(bars, *study(statistics, 0.95))
-    assert found.pop(("training cost", "")) == ""
+    assert found.pop(("training cost", "")) == "not measured"
     assert set(found.values()) == {"met"}
     assert len(found) == 3 + 3 * 2 + 1 + 1
 
 
 def test_bars_that_are_not_met(statistics: Any, bars: Any) -> None:
     found = verdicts(bars, *study(statistics, 0.65))
-    assert found.pop(("training cost", "")) == ""
+    assert found.pop(("training cost", "")) == "not measured"
     assert set(found.values()) == {"not met"}
+
+
+@pytest.mark.parametrize(
+    ("cost", "figure", "verdict"),
+    [
+        ({"processes": 2, "wall_s": 3600}, "60 minutes with two processes", "met"),
+        ({"processes": 2, "wall_s": 3661}, "61 minutes with two processes", "not met"),
+        ({"processes": 4, "wall_s": 60}, "", "not measured"),
+    ],
+)
+def test_cost_of_training_is_judged(bars: Any, cost: dict[str, int], figure: str, verdict: str) -> None:
+    row = bars.cost_bar(cost).row()
+    assert (row[2], row[4]) == (figure, verdict)
 
 
 def test_bars_judge_each_for_itself(statistics: Any, bars: Any) -> None:
@@ -264,7 +277,7 @@ def test_loss_where_never_is_right_is_judged(statistics: Any, bars: Any) -> None
 
 
 def test_what_is_missing_is_not_judged(statistics: Any, bars: Any) -> None:
-    assert set(verdicts(bars).values()) == {"not measured", ""}
+    assert set(verdicts(bars).values()) == {"not measured"}
     # No ceiling, one run, no baseline but never.
     one = played(statistics, {"tamiyo/4": [1.0, 2.0], "never": [0.0, 0.0]}, name="digits/sequential")
     found = verdicts(bars, one)
