@@ -54,7 +54,6 @@ _SHORT = ["warm_start.episodes=3584", "ppo.total_steps=200_000", *_ONCE]
 _DEFAULTS = ["ppo.lr=1e-3", "ppo.entropy_coef=0.003", *_ONCE]  # which suit training from scratch
 ABLATIONS: dict[str, list[str]] = {
     "short": _SHORT,
-    "supervised": ["warm_start.episodes=3584", "ppo.total_steps=1", "ppo.starts=1", "ppo.lr=1e-9"],
     "from_scratch": ["warm_start.episodes=0", "ppo.total_steps=400_000", *_DEFAULTS],
     "pooled": [*_SHORT, "policy.encoder=pooled"],
     "no_edges": [*_SHORT, "policy.edge_attributes=false"],
@@ -68,6 +67,7 @@ ABLATIONS: dict[str, list[str]] = {
 _HALF = ["ppo.starts=1", "ppo.total_steps=800_000"]
 _FEWER = "warm_start.episodes=8192"
 RECIPES: dict[str, list[str]] = {
+    "supervised": ["ppo.total_steps=1", "ppo.starts=1", "ppo.lr=1e-9"],
     "one_start": _HALF,
     "fewer": [*_HALF, _FEWER],
     "fewer_at_once": [*_HALF, _FEWER, "ppo.critic_first=0.0"],
@@ -75,7 +75,7 @@ RECIPES: dict[str, list[str]] = {
     "fewer_long": ["ppo.starts=1", _FEWER],
     "fewer_long_monte_carlo": ["ppo.starts=1", _FEWER, "ppo.gae_lambda=1.0"],
 }
-"""Others at full length: with one start of PPO, and with half the episodes for the warm start."""
+"""Others at full length: the warm start alone, with one start of PPO, and with half the episodes for the warm start."""
 
 RECIPE = "tamiyo"
 VARIANTS = {**ABLATIONS, **RECIPES}
