@@ -81,8 +81,10 @@ def loss_bar(one: Played) -> Bar | None:
     where = where[where < len(one.shared(TAMIYO))]
     if not len(where):
         return None
-    loss = -points(one, TAMIYO, where)
-    return Bar(what, f"{one.name}, {len(where)} instances", loss.text("+.2f"), need, loss.value <= LOSS + TIE)
+    loss, ceiling = -points(one, TAMIYO, where), one.ceiling()
+    # It cannot know either what is right, since that is judged by the test split.
+    other = f", `{ceiling}` itself {(-points(one, ceiling, where)).text('+.2f')}" if ceiling else ""
+    return Bar(what, f"{one.name}, {len(where)} instances", loss.text("+.2f") + other, need, loss.value <= LOSS + TIE)
 
 
 def failed_bar(one: Played) -> Bar:

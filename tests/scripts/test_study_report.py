@@ -271,8 +271,9 @@ def test_bars_judge_each_for_itself(statistics: Any, bars: Any) -> None:
 
 def test_loss_where_never_is_right_is_judged(statistics: Any, bars: Any) -> None:
     mild = played(statistics, {"tamiyo/1": [-0.3, 4.0], "lookahead": [0.0, 5.0]}, name="digits/shift")
-    grave = played(statistics, {"tamiyo/1": [-0.4, 4.0], "lookahead": [0.0, 5.0]}, name="digits/growth")
+    grave = played(statistics, {"tamiyo/1": [-0.4, 4.0], "lookahead": [-0.2, 5.0]}, name="digits/growth")
     assert bars.loss_bar(mild).met is True
+    assert bars.loss_bar(grave).figure == "+0.40 [+0.40, +0.40], `lookahead` itself +0.20 [+0.20, +0.20]"
     assert bars.loss_bar(grave).met is False
 
 
