@@ -26,6 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RIVALS = 3  # baselines in the performance profile
+CURVED = (TAMIYO, "short", "pooled", "from_scratch")  # trained policies among the learning curves
 CAPTIONS = {
     "results_points.png": "points of every controller, by kind of context",
     "results_profile.png": "performance profiles",
@@ -33,7 +34,7 @@ CAPTIONS = {
     "results_learning.png": "learning curves",
 }
 RED, GREY, BLUE, PURPLE = "#d62728", "#7f7f7f", "#1f77b4", "#9467bd"
-OTHERS = (BLUE, "#2ca02c", "#ff7f0e", PURPLE, "#8c564b", "#17becf", "#e377c2", "#bcbd22", "#393b79", GREY)
+OTHERS = (BLUE, "#2ca02c", "#ff7f0e")
 
 
 def _save(figure: Any, path: Path) -> str:
@@ -139,8 +140,8 @@ def on_one_axis(runs: list[dict[str, Any]]) -> tuple[Array, Array]:
 
 
 def plot_learning(training: dict[str, Any], folder: Path) -> list[str]:
-    """Learning curves: the mean over a variant's runs, from the lowest to the highest run."""
-    curves = {name: on_one_axis(runs) for name, runs in by_variant(training).items()}
+    """Learning curves of CURVED: the mean over a variant's runs, from the lowest to the highest run."""
+    curves = {name: on_one_axis(runs) for name, runs in by_variant(training).items() if name in CURVED}
     curves = {name: curve for name, curve in curves.items() if len(curve[0])}
     if not curves:
         return []
