@@ -34,7 +34,7 @@ CAPTIONS = {
     "results_learning.png": "learning curves",
 }
 RED, GREY, BLUE, PURPLE = "#d62728", "#7f7f7f", "#1f77b4", "#9467bd"
-OTHERS = (BLUE, "#2ca02c", "#ff7f0e")
+OTHERS = (BLUE, "#2ca02c", "#ff7f0e")  # as many as RIVALS, and as CURVED beside Tamiyo
 
 
 def _save(figure: Any, path: Path) -> str:
@@ -146,9 +146,9 @@ def plot_learning(training: dict[str, Any], folder: Path) -> list[str]:
     if not curves:
         return []
     figure, axes = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
-    others = [name for name in curves if name != TAMIYO]
+    colours = iter(OTHERS)
     for name, (steps, values) in curves.items():
-        colour = RED if name == TAMIYO else OTHERS[others.index(name) % len(OTHERS)]
+        colour = RED if name == TAMIYO else next(colours)
         label = f"{name} ({len(values)} run{'s' * (len(values) > 1)})"
         width, order = (1.8, 3) if name == TAMIYO else (1.0, 2)
         axes.plot(steps / 1e6, values.mean(axis=0), color=colour, linewidth=width, zorder=order, label=label)
