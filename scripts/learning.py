@@ -17,17 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import torch
+from child import output_of
 from omegaconf import OmegaConf
 
 from trainers.progress import Reporter
@@ -44,22 +42,14 @@ def train(name: str, seed: int, overrides: list[str], reporter: Reporter, before
     command = ["-m", "trainers.train", f"experiment={name}", f"seed={seed}", *overrides]
     folder = Path("runs") / "learning"
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *command, f"output_dir={folder}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    lines, run = [], None
-    for line in process.stdout or ():
-        lines.append(line.rstrip())
+    run = None
+    for line in output_of([*command, f"output_dir={folder}"]):
         if match := re.match(r"training\s+([\d,]+)/", line):
             reporter.update(before + int(match[1].replace(",", "")), f"{name}, seed {seed}")
         if match := re.match(r"run directory:\s+(.+)", line):
             run = Path(match[1])
-    if process.wait() or run is None:
-        raise SystemExit(f"{name}, seed {seed} ended with exit code {process.returncode}: {' | '.join(lines[-3:])}")
+    if run is None:
+        raise SystemExit(f"error: {name}, seed {seed} ended without the line that names its run directory")
     report = json.loads((run / "eval" / "report.json").read_text())
     curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     curve = [[each["step"], round(each["rollout/ep_rew_mean"], 2)] for each in curve if "rollout/ep_rew_mean" in each]

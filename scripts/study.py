@@ -22,11 +22,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable
@@ -37,6 +34,7 @@ from typing import Any
 
 import study_work as work
 import torch
+from child import output_of
 from chunks import Pool
 from study_work import SETS, TRAINED_ON
 
@@ -248,7 +246,7 @@ def _train(variant: str, seed: int, shown: Any) -> None:
         shown((variant, seed), share, stage)
         (folder / "wall").write_text(str(before + time.perf_counter() - start))
 
-    _follow(arguments, folder, noted)
+    _follow(arguments, noted)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [(line["step"], line["rollout/ep_rew_mean"]) for line in lines if "rollout/ep_rew_mean" in line]
     policy = checkpoint.latest(folder)[1]["learner"]["policy"]
@@ -262,27 +260,12 @@ def _train(variant: str, seed: int, shown: Any) -> None:
     (folder / RECORD).write_text(json.dumps(record))
 
 
-def _follow(arguments: list[str], folder: Path, shown: Callable[[float, str], None]) -> None:
-    """`python ARGUMENTS` to its end, one thread a process; tells what share of PPO's steps is behind it, and the stage.
-
-    Raises:
-        SystemExit: it failed.
-    """
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    last = ""
-    for line in process.stdout or ():
-        last = line.strip() or last
+def _follow(arguments: list[str], shown: Callable[[float, str], None]) -> None:
+    """`python ARGUMENTS` to its end; tells what share of PPO's steps is behind it, and the stage."""
+    for line in output_of(arguments):
         if match := re.match(r"(training|warm start: [\w ]+?)\s+([\d,]+)/([\d,]+)", line):
             stage, done, total = match[1], *(int(text.replace(",", "")) for text in match.groups()[1:])
             shown(done / total if stage == "training" else 0.0, stage)
-    if process.wait():
-        raise SystemExit(f"error: {' '.join(arguments)} ended with {process.returncode}: {last}; log in {folder}")
 
 
 def cost() -> None:
@@ -294,7 +277,7 @@ def cost() -> None:
     start = time.perf_counter()
     with Reporter("a run, timed", 100, "%") as reporter:
         arguments = ["-m", "torch.distributed.run", *torchrun, f"hydra.run.dir={folder}"]
-        _follow(arguments, folder, lambda share, stage: reporter.update(round(100 * share), stage))
+        _follow(arguments, lambda share, stage: reporter.update(round(100 * share), stage))
     wall = time.perf_counter() - start
     _save("cost.json", {"command": " ".join(["torchrun", *torchrun]), "processes": PROCESSES, "wall_s": round(wall)})
 
